@@ -1,0 +1,210 @@
+"""What a launch needs to know: tile sizes, number types, memory layouts and views. No kernels, no argument rules."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Fixed when Triton is first imported, as it decides what `triton.jit` returns.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Programs below which the channels of a tile are shared out between several: a few waves of the largest GPUs.
+ENOUGH_PROGRAMS = 1024
+
+_TRITON = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def runs_kernels(tensor: object) -> bool:
+    """Whether a call on this tensor runs the Triton kernels; CPU tensors take the eager path unless interpreted."""
+    if not isinstance(tensor, Tensor) or tensor.device.type == "cpu":
+        return INTERPRETED
+    if tensor.device.type not in ("cuda", "meta"):
+        raise ValueError(
+            f"tensors must be on a cuda or cpu device, got {tensor.device}; dlu_triton.reference runs on any device"
+        )
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Number types
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of sums and coordinates."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def space_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which the normalised kernel space is stored; float16 resolves [0, 1] finer than bfloat16."""
+    return torch.float16 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return _TRITON[dtype]
+
+
+def accumulator(dtype: torch.dtype) -> dict[str, Any]:
+    return {"ACC": triton_dtype(sum_dtype(dtype))}
+
+
+def product_types(dtype: torch.dtype) -> dict[str, Any]:
+    """Types of a matrix product on features of this dtype.
+
+    The interpreter multiplies half-precision operands as float32 after rounding, which is exact; compiled kernels
+    hand them to the tensor cores. Float32 runs as three TF32 products, or one where the user allows TF32.
+    """
+    operand = tl.float32 if INTERPRETED and dtype != torch.float64 else triton_dtype(dtype)
+    if torch.version.hip is not None:
+        precision = "ieee"
+    elif torch.backends.cuda.matmul.fp32_precision == "tf32":
+        precision = "tf32"
+    else:
+        precision = "tf32x3"
+    return {**accumulator(dtype), "OPERAND": operand, "PRECISION": precision}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """A block of output pixels and the window of source pixels that it can reach."""
+
+    BLOCK_H: int
+    BLOCK_W: int
+    WINDOW_H: int
+    WINDOW_W: int
+    BLOCK_Q: int
+
+
+def padded_taps(kernel_size: int) -> int:
+    return triton.next_power_of_2(kernel_size * kernel_size)
+
+
+def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
+    """Source pixels, along one axis, under any aligned run of `block` output pixels and their kernels."""
+    misaligned = scale_factor - math.gcd(block, scale_factor)
+    return (block - 1 + misaligned) // scale_factor + kernel_size
+
+
+@lru_cache(maxsize=None)
+def output_tile(scale_factor: int, kernel_size: int) -> Tile:
+    """The tile whose product wastes least: few window pixels per output, and enough outputs to share them."""
+    most = max(16, min(128, 4096 // padded_taps(kernel_size)))  # taps of a tile stay in registers
+    tiles = []
+    for block_h in (2, 4, 8, 16):
+        for block_w in (4, 8, 16):
+            if 16 <= block_h * block_w <= most:
+                window = [_reach(block, scale_factor, kernel_size) for block in (block_h, block_w)]
+                padded = max(16, triton.next_power_of_2(window[0] * window[1]))
+                tiles.append(Tile(block_h, block_w, *window, padded))
+
+    def cost(tile: Tile) -> float:
+        outputs = tile.BLOCK_H * tile.BLOCK_W
+        return tile.BLOCK_Q * (1 + 32 / outputs)  # products, and loads, per output
+
+    return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
+
+
+def pixels_per_program(kernel_size: int) -> int:
+    """Pixels of a softmax program."""
+    return max(4, 2048 // padded_taps(kernel_size))
+
+
+def channel_block(dtype: torch.dtype, channels_per_group: int) -> int:
+    widest = {2: 64, 4: 32, 8: 16}[dtype.itemsize]
+    return max(16, min(widest, triton.next_power_of_2(channels_per_group)))
+
+
+def channel_slices(programs: int, channels_per_group: int, block: int) -> tuple[int, int]:
+    """How many programs share the channels of a tile, and how many channels each takes."""
+    blocks = triton.cdiv(channels_per_group, block)
+    wanted = min(blocks, triton.cdiv(ENOUGH_PROGRAMS, max(programs, 1)))
+    per_program = triton.cdiv(blocks, wanted) * block
+    return triton.cdiv(channels_per_group, per_program), per_program
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layouts and views
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised map in the layout of `like`: channels innermost if they are there, else NCHW."""
+    channels_last = like.stride(1) == 1 and like.stride(3) != 1
+    return torch.empty(
+        (like.shape[0], channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+def new_space(kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.dtype, *, zero: bool = False) -> Tensor:
+    """Storage for normalised kernels or their gradient, as a view (N, G, taps, H, W) with padded taps innermost."""
+    n, _, h, w = kernel_space.shape
+    shape = (n, groups, h, w, padded_taps(kernel_size))
+    make = torch.zeros if zero else torch.empty
+    return make(shape, dtype=dtype, device=kernel_space.device).permute(0, 1, 4, 2, 3)
+
+
+def by_group(kernels: Tensor, groups: int) -> Tensor:
+    """(N, G*k*k, H, W) -> a view (N, G, k*k, H, W)."""
+    return kernels.unflatten(1, (groups, -1))
+
+
+def pointer_and_strides(tensor: Tensor | None, dims: int) -> tuple[Any, ...]:
+    """A tensor as kernels take it; an absent one is None with zero strides."""
+    return (None, *[0] * dims) if tensor is None else (tensor, *tensor.stride())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """What a backward op returns: one tensor like each wanted input."""
+    return [torch.empty_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
+
+
+def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
+    """Join an op on `tensors` tensors and some integers with its backward op.
+
+    The backward op takes the gradient, the op's own arguments and one flag per tensor, and returns the gradients
+    of the flagged tensors.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.sizes = inputs[tensors:]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:tensors]
+        gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
+        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def alert_not_deterministic(what: str) -> None:
+    """Honour `torch.use_deterministic_algorithms` where atomics make sums depend on their order."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = f"{what} has no deterministic implementation yet: it is summed by atomic additions"
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(f"{message}. Use torch.use_deterministic_algorithms(True, warn_only=True) to go on.")
+    warnings.warn(message, stacklevel=2)

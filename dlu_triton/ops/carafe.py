@@ -1,0 +1,99 @@
+"""CARAFE: reassembly of features with given kernels."""
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _launch, reference
+from . import _reassembly
+
+
+@torch.library.custom_op("dlu_triton::carafe", mutates_args=())
+def carafe_op(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    return _reassembly.forward(
+        features, _launch.by_group(masks, group_size), None, kernel_size, group_size, scale_factor
+    )
+
+
+@carafe_op.register_fake
+def _(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    _, c, h, w = features.shape
+    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
+
+
+@torch.library.custom_op("dlu_triton::carafe_backward", mutates_args=())
+def carafe_backward_op(
+    grad_output: Tensor,
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    wants_features: bool,
+    wants_masks: bool,
+) -> list[Tensor]:
+    """The wanted ones of grad_features and grad_masks, in this order."""
+    gradients = []
+    if wants_features:
+        kernels = _launch.by_group(masks, group_size)
+        gradients.append(
+            _reassembly.backward_features(
+                grad_output, features, kernels, None, kernel_size, group_size, scale_factor
+            )
+        )
+    if wants_masks:
+        grad_masks = torch.empty_like(masks)
+        _reassembly.backward_kernels(
+            grad_output, features, kernel_size, group_size, scale_factor,
+            grad_masks=_launch.by_group(grad_masks, group_size),
+        )  # fmt: skip
+        gradients.append(grad_masks)
+    return gradients
+
+
+@carafe_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    wants_features: bool,
+    wants_masks: bool,
+) -> list[Tensor]:
+    return _launch.empty_like_wanted((features, masks), (wants_features, wants_masks))
+
+
+_launch.register_autograd(carafe_op, carafe_backward_op, tensors=2)
+
+
+def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+    """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.2).
+
+    With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image:
+
+        out[c, i, j] = sum over u, v in -r..r of
+                       masks[g(c), (u + r) * kernel_size + v + r, i, j] * features[c, i//scale + u, j//scale + v]
+
+    The argument order is that of mmcv's `carafe`. Masks are used as they are; normalise them first.
+
+    Args:
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        masks: (N, group_size * kernel_size^2, scale_factor * H, scale_factor * W), any strides. Float32 and half
+            precision may be mixed with that of the features; float64 goes with float64 only.
+        kernel_size: odd, from 1 to 9.
+        group_size: number of channel groups, a divisor of C; each has masks of its own.
+        scale_factor: from 1 to 16.
+
+    Returns:
+        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features. Half precision is
+        summed in float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
+        ValueError: a size, a divisibility rule or the device does not fit.
+    """
+    if not _launch.runs_kernels(features):
+        return reference.carafe(features, masks, kernel_size, group_size, scale_factor)
+    _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
+    return carafe_op(features, masks, kernel_size, group_size, scale_factor)
