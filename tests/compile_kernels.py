@@ -1,0 +1,153 @@
+"""Compile every kernel exactly as the operators launch it, for GPUs that are not here, and report what it uses.
+
+    python tests/compile_kernels.py cuda:80 cuda:90 cuda:100
+
+prints one JSON object per compiled kernel. It runs in a process of its own because interpreted and compiled kernels
+cannot share one. A stub driver names the target; the operators' own launch code runs on meta tensors, and every
+launch stops after compilation.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+WARP_SIZE = {"cuda": 32, "hip": 64}
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32, torch.float64)
+
+
+class StubDriver:
+    """As much of a driver as compilation asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases():
+    """(dtype, layout, scale_factor, kernel_size, groups, channels): typical launches in every dtype, then corners."""
+    for dtype in DTYPES:
+        for layout in ("contiguous", "channels_last"):
+            yield dtype, layout, 2, 5, 1, 256
+    for dtype in (torch.bfloat16, torch.float32):
+        for scale_factor, kernel_size, groups, channels in (
+            (1, 9, 1, 64),
+            (2, 1, 1, 64),
+            (2, 3, 4, 64),
+            (2, 7, 1, 64),
+            (2, 9, 1, 256),
+            (3, 5, 33, 33),
+            (4, 5, 1, 64),
+            (16, 5, 1, 256),
+        ):
+            yield dtype, "contiguous", scale_factor, kernel_size, groups, channels
+    yield torch.float64, "contiguous", 2, 9, 1, 64
+    yield torch.float64, "contiguous", 3, 7, 2, 64
+
+
+def launch(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
+    """Every operator, forward and backward, on meta tensors."""
+    from dlu_triton.ops import carafe, dlu
+
+    def meta(c, h, w, dtype=dtype):
+        x = torch.empty(2, c, h, w, dtype=dtype, device="meta")
+        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+    h, w, s, k, g = 48, 80, scale_factor, kernel_size, groups
+    features, output = meta(channels, h, w), meta(channels, s * h, s * w)
+    space, offsets, masks = meta(g * k * k, h, w), meta(2 * g * s * s, h, w), meta(g * k * k, s * h, s * w)
+    carafe.carafe_op._init_fn(features, masks, k, g, s)
+    carafe.carafe_backward_op._init_fn(output, features, masks, k, g, s, True, True)
+    dlu.dlu_upsample_op._init_fn(features, space, offsets, s, k, g)
+    dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
+    dlu.expand_kernels_op._init_fn(space, offsets, s, k, g)
+    dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, s, k, g, True, True)
+
+
+def resources(kernel, target: GPUTarget) -> dict:
+    usage = {"shared": kernel.metadata.shared}
+    if target.backend != "cuda":
+        text = kernel.asm["amdgcn"]
+        usage["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        usage["local"] = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+        usage["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
+        return usage
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        report = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout))
+    usage["registers"] = int(found["REG"])
+    usage["local"] = int(found["STACK"]) + int(found["LOCAL"])
+    usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    usage["instructions"] = len(opcodes)
+    usage["tensor_core"] = sum(re.match(r"(H|D|Q|UTCH|UTCQ)G?MMA", opcode) is not None for opcode in opcodes)
+    return usage
+
+
+def compile_case(target: GPUTarget, case: tuple) -> list[dict]:
+    """Resources of every kernel that one case launches."""
+    triton.runtime.driver.set_active(StubDriver(target))
+    if target.backend == "hip":
+        torch.version.hip = "stub"
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, warmup, **kwargs):
+        kernel = run(self, *args, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        launch(*case)
+    finally:
+        JITFunction.run = run
+    name = "{} {} scale={} kernel={} groups={} channels={}".format(str(case[0]).removeprefix("torch."), *case[1:])
+    rows, seen = [], set()
+    for kernel_name, kernel in compiled:
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            rows.append(
+                {"target": f"{target.backend}:{target.arch}", "kernel": kernel_name, "case": name}
+                | {"warps": kernel.metadata.num_warps}
+                | resources(kernel, target)
+            )
+    return rows
+
+
+def main(names: list[str]) -> None:
+    targets = []
+    for name in names:
+        backend, arch = name.split(":")
+        targets.append(GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend]))
+    jobs = [(target, case) for case in cases() for target in targets]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
+            for row in rows:
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
