@@ -17,6 +17,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # Programs below which the channels of a tile are shared out between several: a few waves of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
 
+# Source pixels, per axis, that one program of the feature gradient owns.
+SOURCE_TILE = 8
+
 _TRITON = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -81,7 +84,7 @@ def product_types(dtype: torch.dtype) -> dict[str, Any]:
 
 
 class Tile(NamedTuple):
-    """A block of output pixels and the window of source pixels that it can reach."""
+    """A block of output pixels, the window of source pixels that it can reach, and how many of these at a time."""
 
     BLOCK_H: int
     BLOCK_W: int
@@ -91,7 +94,8 @@ class Tile(NamedTuple):
 
 
 def padded_taps(kernel_size: int) -> int:
-    return triton.next_power_of_2(kernel_size * kernel_size)
+    """Taps as kernels hold them. Triton 3.7 fails to compile gathers from fewer than 16."""
+    return max(16, triton.next_power_of_2(kernel_size * kernel_size))
 
 
 def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
@@ -100,23 +104,53 @@ def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
     return (block - 1 + misaligned) // scale_factor + kernel_size
 
 
+def warps(kernel_size: int) -> int:
+    """Eight where the taps of a tile would not fit the registers of four."""
+    return 4 if kernel_size <= 5 else 8
+
+
+def all_registers() -> dict[str, int]:
+    """Lets a kernel take every register; left to itself, ptxas spills a few of some kernels for occupancy."""
+    return {} if torch.version.hip is not None else {"maxnreg": 255}
+
+
 @lru_cache(maxsize=None)
-def output_tile(scale_factor: int, kernel_size: int) -> Tile:
-    """The tile whose product wastes least: few window pixels per output, and enough outputs to share them."""
-    most = max(16, min(128, 4096 // padded_taps(kernel_size)))  # taps of a tile stay in registers
+def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
+    """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs."""
+    most = min(128 if itemsize == 2 else 64, _most_outputs(kernel_size, itemsize))
+    widest = 128 if itemsize == 2 else 64
     tiles = []
     for block_h in (2, 4, 8, 16):
         for block_w in (4, 8, 16):
             if 16 <= block_h * block_w <= most:
-                window = [_reach(block, scale_factor, kernel_size) for block in (block_h, block_w)]
-                padded = max(16, triton.next_power_of_2(window[0] * window[1]))
-                tiles.append(Tile(block_h, block_w, *window, padded))
+                window_h, window_w = (_reach(block, scale_factor, kernel_size) for block in (block_h, block_w))
+                block_q = max(16, min(widest, triton.next_power_of_2(window_h * window_w)))
+                tiles.append(Tile(block_h, block_w, window_h, window_w, block_q))
 
     def cost(tile: Tile) -> float:
-        outputs = tile.BLOCK_H * tile.BLOCK_W
-        return tile.BLOCK_Q * (1 + 32 / outputs)  # products, and loads, per output
+        pieces = triton.cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
+        per_output = pieces * tile.BLOCK_Q * (1 + 128 / (tile.BLOCK_H * tile.BLOCK_W))  # products, and loads
+        return per_output if pieces == 1 else 2 * per_output  # the band is built again for each channel block
 
     return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
+
+
+@lru_cache(maxsize=None)
+def gather_tile(scale_factor: int, kernel_size: int, itemsize: int) -> tuple[int, int]:
+    """Outputs that the feature gradient of a SOURCE_TILE takes at a time: few turns, little beyond its reach."""
+    span = scale_factor * (SOURCE_TILE + kernel_size - 1)
+    tiles = [(4, 4), (2, 8), (4, 8), (2, 16)]
+
+    def cost(tile: tuple[int, int]) -> float:
+        covered = math.prod(triton.cdiv(span, block) * block for block in tile)
+        return covered * (1 + 8 / math.prod(tile))
+
+    return min((tile for tile in tiles if math.prod(tile) <= _most_outputs(kernel_size, itemsize)), key=cost)
+
+
+def _most_outputs(kernel_size: int, itemsize: int) -> int:
+    """Outputs whose taps stay in registers."""
+    return (2048 if itemsize == 8 else 4096) // padded_taps(kernel_size)
 
 
 def pixels_per_program(kernel_size: int) -> int:

@@ -1,11 +1,11 @@
 """Modules: thin holders of parameters around the operators, state_dict-compatible with the official ones."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
 from .ops.carafe import carafe
 from .ops.dlu import dlu_upsample
+from .reference import pixel_shuffle
 
 __all__ = ["CARAFE", "CARAFEPack", "DLUPack"]
 
@@ -154,6 +154,6 @@ class CARAFEPack(_Pack):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
-        logits = F.pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
+        logits = pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
         masks = logits.unflatten(1, (self.up_group, self.up_kernel**2)).softmax(dim=2).flatten(1, 2)
         return carafe(x, masks, self.up_kernel, self.up_group, self.scale_factor)

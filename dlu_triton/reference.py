@@ -46,7 +46,7 @@ def expand_kernels(
     n, _, h, w = kernel_space.shape
     k, s, g = kernel_size, scale_factor, groups
     space = kernel_space.unflatten(1, (g, k * k)).softmax(dim=2).flatten(3)  # (N, G, k*k, H*W)
-    shifts = F.pixel_shuffle(offsets.to(_wide(offsets.dtype)), s).unflatten(1, (g, 2))
+    shifts = pixel_shuffle(offsets.to(_wide(offsets.dtype)), s).unflatten(1, (g, 2))
     dx, dy = shifts.unbind(2)  # (N, G, s*H, s*W), in source pixels
     x0, x1, fx = _cells(dx + torch.arange(s * w, device=dx.device) // s, w)
     y0, y1, fy = _cells(dy + (torch.arange(s * h, device=dy.device) // s)[:, None], h)
@@ -72,6 +72,12 @@ def dlu_upsample(
     _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     return carafe(features, masks, kernel_size, groups, scale_factor)
+
+
+def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:
+    """(N, C*s^2, H, W) -> (N, C, s*H, s*W), as `F.pixel_shuffle`, whose backward fails on an empty batch."""
+    x = x.unflatten(1, (x.shape[1] // scale_factor**2, scale_factor, scale_factor))
+    return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -35,10 +35,10 @@ class StubDriver:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
-        return 0
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # Triton caches kernels by device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
@@ -130,7 +130,7 @@ def compile_case(target: GPUTarget, case: tuple) -> list[dict]:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             rows.append(
-                {"target": f"{target.backend}:{target.arch}", "kernel": kernel_name, "case": name}
+                {"target": triton.runtime.driver.active.get_current_device(), "kernel": kernel_name, "case": name}
                 | {"warps": kernel.metadata.num_warps}
                 | resources(kernel, target)
             )

@@ -41,9 +41,9 @@ def _tile_pixels(y, x, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _window_pixels(y, x, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_Q: tl.constexpr, height, width):
-    """Rows, columns and validity of the window whose first source pixel is (y, x), padded to BLOCK_Q."""
-    index = tl.arange(0, BLOCK_Q)  # [Q]
+def _window_pixels(y, x, first, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_Q: tl.constexpr, height, width):
+    """Rows, columns and validity of BLOCK_Q pixels, from `first` on, of the window that starts at pixel (y, x)."""
+    index = first + tl.arange(0, BLOCK_Q)  # [Q]
     rows = y + index // WINDOW_W
     cols = x + index % WINDOW_W
     valid = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width) & (index < WINDOW_H * WINDOW_W)
@@ -358,29 +358,32 @@ def reassemble_forward(
     valid = (rows < height * SCALE) & (cols < width * SCALE)
     window_y = tile_y * BLOCK_H // SCALE - KERNEL // 2
     window_x = tile_x * BLOCK_W // SCALE - KERNEL // 2
-    window_rows, window_cols, window_valid = _window_pixels(
-        window_y, window_x, WINDOW_H, WINDOW_W, BLOCK_Q, height, width
-    )  # [Q]
     taps = _taps(
         kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
         offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
         image, group, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, ACC,
     )  # [M, TAPS]  # fmt: skip
-    band = _band(taps, rows, cols, window_rows, window_cols, SCALE, KERNEL).to(ROUND).to(OPERAND)  # [M, Q]
 
     features_ptr += image * stride_xn + group.to(tl.int64) * channels_per_group * stride_xc
     output_ptr += image * stride_yn + group.to(tl.int64) * channels_per_group * stride_yc
-    feature_ptrs = (features_ptr + _pixel_offsets(window_rows, window_cols, stride_xh, stride_xw))[:, None]
     output_ptrs = (output_ptr + _pixel_offsets(rows, cols, stride_yh, stride_yw))[:, None]
     last_channel = tl.minimum(first_channel + channels_per_program, channels_per_group)
     for block in range(first_channel, last_channel, BLOCK_C):
         channels = block + tl.arange(0, BLOCK_C)  # [C]
         present = (channels < channels_per_group)[None, :]
         channels = channels.to(tl.int64)[None, :]
-        features = tl.load(
-            feature_ptrs + channels * stride_xc, mask=window_valid[:, None] & present, other=0.0
-        )  # [Q, C]
-        output = tl.dot(band, features.to(OPERAND), input_precision=PRECISION, out_dtype=ACC)  # [M, C]
+        output = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_C], ACC)  # [M, C]
+        # Usually one turn, whose band the compiler builds before the loop over the channels.
+        for first in range(0, WINDOW_H * WINDOW_W, BLOCK_Q):
+            window_rows, window_cols, window_valid = _window_pixels(
+                window_y, window_x, first, WINDOW_H, WINDOW_W, BLOCK_Q, height, width
+            )  # [Q]
+            band = _band(taps, rows, cols, window_rows, window_cols, SCALE, KERNEL).to(ROUND).to(OPERAND)  # [M, Q]
+            pixel_ptrs = (features_ptr + _pixel_offsets(window_rows, window_cols, stride_xh, stride_xw))[:, None]
+            features = tl.load(
+                pixel_ptrs + channels * stride_xc, mask=window_valid[:, None] & present, other=0.0
+            )  # [Q, C]
+            output = tl.dot(band, features.to(OPERAND), output, input_precision=PRECISION, out_dtype=ACC)
         tl.store(
             output_ptrs + channels * stride_yc,
             output.to(output_ptr.dtype.element_ty),
@@ -426,9 +429,7 @@ def reassemble_backward_features(
             )  # [M, TAPS]  # fmt: skip
             band = _band(taps, rows, cols, source_rows, source_cols, SCALE, KERNEL).to(ROUND).to(OPERAND)  # [M, Q]
             pixel_ptrs = (grad_output_ptr + _pixel_offsets(rows, cols, stride_yh, stride_yw))[:, None]
-            grad_output = tl.load(
-                pixel_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0
-            )  # [M, C]
+            grad_output = tl.load(pixel_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0)  # [M, C]
             grad_features = tl.dot(
                 tl.trans(band), grad_output.to(OPERAND), grad_features, input_precision=PRECISION, out_dtype=ACC
             )
@@ -463,33 +464,37 @@ def reassemble_backward_kernels(
     valid = (rows < height * SCALE) & (cols < width * SCALE)
     window_y = tile_y * BLOCK_H // SCALE - KERNEL // 2
     window_x = tile_x * BLOCK_W // SCALE - KERNEL // 2
-    window_rows, window_cols, window_valid = _window_pixels(
-        window_y, window_x, WINDOW_H, WINDOW_W, BLOCK_Q, height, width
-    )  # [Q]
-
     features_ptr += image * stride_xn + group.to(tl.int64) * channels_per_group * stride_xc
     grad_output_ptr += image * stride_yn + group.to(tl.int64) * channels_per_group * stride_yc
-    feature_ptrs = (features_ptr + _pixel_offsets(window_rows, window_cols, stride_xh, stride_xw))[:, None]
     output_ptrs = (grad_output_ptr + _pixel_offsets(rows, cols, stride_yh, stride_yw))[:, None]
-    grad_band = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_Q], ACC)  # [M, Q]
-    for block in range(0, channels_per_group, BLOCK_C):
-        channels = block + tl.arange(0, BLOCK_C)  # [C]
-        present = (channels < channels_per_group)[None, :]
-        channels = channels.to(tl.int64)[None, :]
-        features = tl.load(
-            feature_ptrs + channels * stride_xc, mask=window_valid[:, None] & present, other=0.0
-        )  # [Q, C]
-        grad_output = tl.load(output_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0)  # [M, C]
-        grad_band = tl.dot(
-            grad_output.to(OPERAND), tl.trans(features.to(OPERAND)), grad_band,
-            input_precision=PRECISION, out_dtype=ACC,
-        )  # fmt: skip
-
     index = tl.arange(0, TAPS)
     real = (index < KERNEL * KERNEL)[None, :]
     u = (rows // SCALE - KERNEL // 2 - window_y)[:, None] + (index // KERNEL)[None, :]
     v = (cols // SCALE - KERNEL // 2 - window_x)[:, None] + (index % KERNEL)[None, :]
-    grad_taps = tl.gather(grad_band, tl.where(real, u * WINDOW_W + v, 0), axis=1)  # [M, TAPS]
+    pixel = u * WINDOW_W + v  # where in the window each tap of each output is: [M, TAPS]
+    grad_taps = tl.zeros([BLOCK_H * BLOCK_W, TAPS], ACC)  # [M, TAPS]
+    for first in range(0, WINDOW_H * WINDOW_W, BLOCK_Q):
+        window_rows, window_cols, window_valid = _window_pixels(
+            window_y, window_x, first, WINDOW_H, WINDOW_W, BLOCK_Q, height, width
+        )  # [Q]
+        pixel_ptrs = (features_ptr + _pixel_offsets(window_rows, window_cols, stride_xh, stride_xw))[:, None]
+        grad_band = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_Q], ACC)  # [M, Q]
+        for block in range(0, channels_per_group, BLOCK_C):
+            channels = block + tl.arange(0, BLOCK_C)  # [C]
+            present = (channels < channels_per_group)[None, :]
+            channels = channels.to(tl.int64)[None, :]
+            features = tl.load(
+                pixel_ptrs + channels * stride_xc, mask=window_valid[:, None] & present, other=0.0
+            )  # [Q, C]
+            grad_output = tl.load(
+                output_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0
+            )  # [M, C]
+            grad_band = tl.dot(
+                grad_output.to(OPERAND), tl.trans(features.to(OPERAND)), grad_band,
+                input_precision=PRECISION, out_dtype=ACC,
+            )  # fmt: skip
+        here = real & (pixel >= first) & (pixel < first + BLOCK_Q)
+        grad_taps += tl.where(here, tl.gather(grad_band, tl.where(here, pixel - first, 0), axis=1), 0.0)
     if grad_masks_ptr is not None:
         mask_ptrs = grad_masks_ptr + image * stride_mn + group.to(tl.int64) * stride_mg
         mask_ptrs += _pixel_offsets(rows, cols, stride_mh, stride_mw)
@@ -500,7 +505,7 @@ def reassemble_backward_kernels(
         )
     else:
         _sampling_adjoint(
-            tl.where(real, grad_taps, 0.0),
+            grad_taps,
             space_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
             offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
             grad_space_ptr,

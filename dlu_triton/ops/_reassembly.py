@@ -11,9 +11,6 @@ from torch import Tensor
 from .. import _launch
 from . import _kernels
 
-# Source pixels owned by one program of the feature gradient, per axis.
-_SOURCE_TILE = 8
-
 
 def forward(
     features: Tensor, kernels: Tensor, offsets: Tensor | None, kernel_size: int, groups: int, scale_factor: int
@@ -22,7 +19,7 @@ def forward(
     output = _launch.new_map(features, c, scale_factor * h, scale_factor * w)
     if n == 0:
         return output
-    tile = _launch.output_tile(scale_factor, kernel_size)
+    tile = _launch.output_tile(scale_factor, kernel_size, features.dtype.itemsize)
     tiles_h, tiles_w = _tiles(output, tile)
     block = _launch.channel_block(features.dtype, c // groups)
     slices, per_program = _launch.channel_slices(n * tiles_h * tiles_w * groups, c // groups, block)
@@ -36,7 +33,7 @@ def forward(
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
             **tile._asdict(), BLOCK_C=block,
             ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype),
-            num_warps=4, num_stages=1,
+            num_warps=_launch.warps(kernel_size), num_stages=1,
         )  # fmt: skip
     return output
 
@@ -54,8 +51,8 @@ def backward_features(
     grad_features = torch.empty_like(features)
     if n == 0:
         return grad_features
-    tile = _launch.output_tile(scale_factor, kernel_size)
-    tiles_h, tiles_w = triton.cdiv(h, _SOURCE_TILE), triton.cdiv(w, _SOURCE_TILE)
+    block_h, block_w = _launch.gather_tile(scale_factor, kernel_size, features.dtype.itemsize)
+    tiles_h, tiles_w = triton.cdiv(h, _launch.SOURCE_TILE), triton.cdiv(w, _launch.SOURCE_TILE)
     block = _launch.channel_block(features.dtype, c // groups)
     slices = triton.cdiv(c // groups, block)
     with torch.cuda.device_of(features):
@@ -66,9 +63,9 @@ def backward_features(
             *_launch.pointer_and_strides(grad_features, 4),
             h, w, tiles_h, tiles_w, groups, c // groups, slices,
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-            BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W, TILE_H=_SOURCE_TILE, TILE_W=_SOURCE_TILE, BLOCK_C=block,
+            BLOCK_H=block_h, BLOCK_W=block_w, TILE_H=_launch.SOURCE_TILE, TILE_W=_launch.SOURCE_TILE, BLOCK_C=block,
             ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype),
-            num_warps=4, num_stages=1,
+            num_warps=_launch.warps(kernel_size), num_stages=1, **_launch.all_registers(),
         )  # fmt: skip
     return grad_features
 
@@ -90,7 +87,7 @@ def backward_kernels(
     n, c, h, w = features.shape
     if n == 0:
         return
-    tile = _launch.output_tile(scale_factor, kernel_size)
+    tile = _launch.output_tile(scale_factor, kernel_size, features.dtype.itemsize)
     tiles_h, tiles_w = _tiles(grad_output, tile)
     with torch.cuda.device_of(features):
         _kernels.reassemble_backward_kernels[(n * tiles_h * tiles_w * groups,)](
@@ -105,7 +102,7 @@ def backward_kernels(
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
             **tile._asdict(), BLOCK_C=_launch.channel_block(features.dtype, c // groups),
             **_launch.product_types(features.dtype),
-            num_warps=4, num_stages=1,
+            num_warps=_launch.warps(kernel_size), num_stages=1, **_launch.all_registers(),
         )  # fmt: skip
 
 

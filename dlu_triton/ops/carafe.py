@@ -36,9 +36,7 @@ def carafe_backward_op(
     if wants_features:
         kernels = _launch.by_group(masks, group_size)
         gradients.append(
-            _reassembly.backward_features(
-                grad_output, features, kernels, None, kernel_size, group_size, scale_factor
-            )
+            _reassembly.backward_features(grad_output, features, kernels, None, kernel_size, group_size, scale_factor)
         )
     if wants_masks:
         grad_masks = torch.empty_like(masks)

@@ -50,7 +50,7 @@ def _softmax_launch(kernel_space: Tensor, groups: int, kernel_size: int):  # noq
     blocks = triton.cdiv(h * w, block)
     constants: dict[str, Any] = dict(
         KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size), BLOCK_P=block,
-        **_launch.accumulator(kernel_space.dtype), num_warps=4,
+        **_launch.accumulator(kernel_space.dtype), num_warps=_launch.warps(kernel_size),
     )  # fmt: skip
     return (n * groups * blocks,), (h, w, groups, blocks), constants
 
@@ -94,11 +94,11 @@ def _sample_backward(
 
 def _sampling_launch(space: Tensor, dtype: torch.dtype, scale_factor: int, kernel_size: int):  # noqa: ANN202
     n, groups, taps, h, w = space.shape
-    tile = _launch.output_tile(scale_factor, kernel_size)
+    tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
     tiles_h, tiles_w = triton.cdiv(scale_factor * h, tile.BLOCK_H), triton.cdiv(scale_factor * w, tile.BLOCK_W)
     constants: dict[str, Any] = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
-        **_launch.accumulator(dtype), num_warps=4,
+        **_launch.accumulator(dtype), num_warps=_launch.warps(kernel_size),
     )  # fmt: skip
     return (n * tiles_h * tiles_w * groups,), (h, w, tiles_h, tiles_w, groups), constants
 
@@ -178,9 +178,7 @@ def dlu_upsample_backward_op(
                 grad_output, features, kernel_size, groups, scale_factor, space=space, offsets=offsets, **outputs
             )
 
-        gradients += _kernel_gradients(
-            launch, space, kernel_space, offsets, kernel_size, wants_space, wants_offsets
-        )
+        gradients += _kernel_gradients(launch, space, kernel_space, offsets, kernel_size, wants_space, wants_offsets)
     return gradients
 
 

@@ -1,0 +1,44 @@
+"""`python -m dlu_triton`: see the kernels agree with float64, and see what they do to a photograph."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import _launch
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dlu_triton", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "verify", help="compare the kernels with float64 on the GPU, or in Triton's interpreter where there is none"
+    )
+    demo = commands.add_parser(
+        "demo", help="train DLU and CARAFE on a photograph for some seconds and show them beside nearest and bilinear"
+    )
+    demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="default: a photograph from the package")
+    demo.add_argument(
+        "--out", type=Path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+
+    # Without a GPU `verify` is about the interpreted kernels, `demo` about the CPU path. Triton decides at import.
+    interpret = options.command == "verify"
+    if not torch.cuda.is_available() and _launch.INTERPRETED != interpret:
+        environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
+        return subprocess.run([sys.executable, "-m", "dlu_triton", *arguments], env=environment).returncode
+    if options.command == "verify":
+        from . import _verify
+
+        return _verify.run()
+    from . import _demo
+
+    return _demo.run(options.image, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Kernels held against float64: the cases, the measure and the bound, for `python -m dlu_triton verify` and tests."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import reference
+from .ops.carafe import carafe
+from .ops.dlu import dlu_upsample, expand_kernels
+
+OPERATORS = ("dlu_upsample", "expand_kernels", "carafe")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# An error may be twice that of eager PyTorch in the same dtype, plus this many machine epsilons of the largest value.
+# Float32 products run as three TF32 products, whose sums the tensor cores truncate instead of rounding; the
+# interpreter truncates when it stores bfloat16.
+SLACK = {torch.float64: 32, torch.float32: 8, torch.float16: 1, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and layout of one comparison. `reach` is the standard deviation of the offsets in source pixels."""
+
+    name: str
+    batch: int = 1
+    channels: int = 8
+    height: int = 5
+    width: int = 7
+    scale_factor: int = 2
+    kernel_size: int = 5
+    groups: int = 1
+    reach: float = 1.0
+    channels_last: bool = False
+    wide_kernels: bool = False  # float32 kernel space, offsets and masks beside half-precision features
+    gpu_only: bool = False  # too large for the interpreter
+
+
+CASES = (
+    Case("typical", batch=2, channels=33, height=9, width=7),
+    Case("channels_last", batch=2, channels=32, channels_last=True),
+    Case("groups", channels=12, kernel_size=3, groups=4),
+    Case("one group per channel", channels=3, scale_factor=3, groups=3, reach=4.0),
+    Case("float32 kernels", channels=16, wide_kernels=True),
+    Case("1 x 1 map", channels=3, height=1, width=1),
+    Case("1 x 7 map", channels=1, height=1),
+    Case("scale 1, kernel 9", channels=5, scale_factor=1, kernel_size=9),
+    Case("scale 3, kernel 7", channels=6, height=4, width=3, scale_factor=3, kernel_size=7, groups=2),
+    Case("scale 4, kernel 1", channels=17, height=3, width=6, scale_factor=4, kernel_size=1),
+    Case("scale 16, kernel 3", channels=2, height=3, width=2, scale_factor=16, kernel_size=3, reach=2.0),
+    Case("far offsets", height=6, width=6, reach=1e6),
+    Case("FPN level", batch=2, channels=256, height=52, width=84, gpu_only=True),
+    Case("FPN level, channels_last", batch=2, channels=256, height=50, width=83, channels_last=True, gpu_only=True),
+)
+
+
+def inputs(operator: str, case: Case, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+    """Random arguments of an operator by name, and `grad_output`."""
+    generator = torch.Generator().manual_seed(0)
+    n, h, w, s, g = case.batch, case.height, case.width, case.scale_factor, case.groups
+    taps = g * case.kernel_size**2
+    kernel_dtype = torch.float32 if case.wide_kernels and dtype.itemsize == 2 else dtype
+
+    def draw(channels: int, height: int, width: int, dtype: torch.dtype, deviation: float = 1.0) -> Tensor:
+        values = torch.randn(n, channels, height, width, generator=generator, dtype=torch.float64) * deviation
+        values = values.clamp(-6e4, 6e4).to(device, dtype)
+        return values.contiguous(memory_format=torch.channels_last) if case.channels_last else values
+
+    features = draw(case.channels, h, w, dtype)
+    space, offsets = draw(taps, h, w, kernel_dtype), draw(2 * g * s * s, h, w, kernel_dtype, case.reach)
+    if operator == "dlu_upsample":
+        grad_output = draw(case.channels, s * h, s * w, dtype)
+        return {"features": features, "kernel_space": space, "offsets": offsets, "grad_output": grad_output}
+    if operator == "expand_kernels":
+        return {"kernel_space": space, "offsets": offsets, "grad_output": draw(taps, s * h, s * w, kernel_dtype)}
+    masks = draw(taps, s * h, s * w, kernel_dtype)
+    return {"features": features, "masks": masks, "grad_output": draw(case.channels, s * h, s * w, dtype)}
+
+
+def function(operator: str, case: Case, *, eager: bool) -> Callable[..., Tensor]:
+    """The operator, or its eager twin, as a function of its tensors."""
+    s, k, g = case.scale_factor, case.kernel_size, case.groups
+    if operator == "carafe":
+        call = reference.carafe if eager else carafe
+        return lambda features, masks: call(features, masks, k, g, s)
+    call = (
+        getattr(reference, operator)
+        if eager
+        else {"dlu_upsample": dlu_upsample, "expand_kernels": expand_kernels}[operator]
+    )
+    return lambda *tensors: call(*tensors, s, k, g)
+
+
+def results(call: Callable[..., Tensor], arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output and gradients by name."""
+    tensors = {name: value.detach().requires_grad_() for name, value in arguments.items() if name != "grad_output"}
+    output = call(*tensors.values())
+    gradients = torch.autograd.grad(output, list(tensors.values()), arguments["grad_output"])
+    return {"output": output.detach(), **dict(zip(tensors, gradients, strict=True))}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest errors of one result against float64."""
+
+    kernel: float
+    eager: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.kernel <= self.bound  # False for NaN
+
+
+def compare(operator: str, case: Case, dtype: torch.dtype, device: str | torch.device) -> dict[str, Comparison]:
+    """Errors of output and gradients, by name."""
+    arguments = inputs(operator, case, dtype, device)
+    exact = {name: value.double() for name, value in arguments.items()}
+    truth = results(function(operator, case, eager=True), exact)
+    eager = results(function(operator, case, eager=True), arguments)
+    kernel = results(function(operator, case, eager=False), arguments)
+    comparisons = {}
+    for name, expected in truth.items():
+        assert kernel[name].shape == expected.shape and kernel[name].dtype == eager[name].dtype, name
+        # Float64 is held against itself, so where the result is zero its own rounding is all there is.
+        largest = max(expected.abs().max().item(), 1.0 if dtype == torch.float64 else 0.0)
+        slack = SLACK[dtype] * torch.finfo(kernel[name].dtype).eps * largest
+        eager_error, kernel_error = ((found[name].double() - expected).abs().max().item() for found in (eager, kernel))
+        comparisons[name] = Comparison(kernel_error, eager_error, 2 * eager_error + slack)
+    return comparisons
+
+
+def rows(device: str | torch.device) -> Iterator[tuple[str, torch.dtype, Case, dict[str, Comparison]]]:
+    for operator in OPERATORS:
+        for dtype in DTYPES:
+            for case in CASES:
+                if case.gpu_only and torch.device(device).type == "cpu":
+                    continue
+                if case.wide_kernels and (dtype.itemsize != 2 or operator == "expand_kernels"):
+                    continue  # no different from a narrow case
+                yield operator, dtype, case, compare(operator, case, dtype, device)
+
+
+def run() -> int:
+    """Print the table; 1 if any error is past its bound."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "Triton's interpreter on the CPU (no GPU found)"
+    print(f"{where}, torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}")
+    print("Largest absolute error against float64, kernel / eager in the same dtype.")
+    print("Bound: twice eager's, plus a few roundings of the largest value.\n")
+    columns = ("output", "features", "kernel_space or masks", "offsets")
+    print(f"{'operator':15}{'dtype':10}{'case':26}" + "".join(f"{column:23}" for column in columns))
+    start, checked, failed = time.perf_counter(), 0, 0
+    for operator, dtype, case, comparisons in rows(device):
+        cells = []
+        for column in columns:
+            found = [comparisons[name] for name in column.split(" or ") if name in comparisons]
+            cells.append("".join(f"{c.kernel:.1e} / {c.eager:.1e}{'' if c.passed else ' FAIL'}" for c in found))
+            checked += len(found)
+            failed += sum(not c.passed for c in found)
+        line = f"{operator:15}{str(dtype).removeprefix('torch.'):10}{case.name:26}"
+        print((line + "".join(f"{cell:23}" for cell in cells)).rstrip(), flush=True)
+    verdict = "all within bounds" if not failed else f"{failed} PAST THEIR BOUND"
+    print(f"\n{checked} results checked in {time.perf_counter() - start:.0f} s: {verdict}")
+    return 1 if failed else 0

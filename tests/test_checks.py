@@ -1,0 +1,132 @@
+"""Bad input: the kind of error, the argument, the rule and the received value."""
+
+import re
+
+import pytest
+import torch
+
+import dlu_triton
+from dlu_triton import reference
+
+
+def maps(device, dtype=torch.float32):
+    """features, kernel_space, offsets, masks for C = 4, 3 x 5 pixels, kernel 3, scale 2, one group."""
+    shapes = ((1, 4, 3, 5), (1, 9, 3, 5), (1, 8, 3, 5), (1, 9, 6, 10))
+    return [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+CALLS = {
+    "dlu_upsample": lambda library, x, s, o, m, **sizes: library.dlu_upsample(
+        x, s, o, **{"scale_factor": 2, "kernel_size": 3, **sizes}
+    ),
+    "expand_kernels": lambda library, x, s, o, m, **sizes: library.expand_kernels(
+        s, o, **{"scale_factor": 2, "kernel_size": 3, **sizes}
+    ),
+    "carafe": lambda library, x, s, o, m, **sizes: library.carafe(
+        x, m, **{"kernel_size": 3, "group_size": 1, "scale_factor": 2, **sizes}
+    ),
+}
+
+SIZES = [
+    ("kernel_size", 4, ValueError, "kernel_size must be odd, got 4"),
+    ("kernel_size", 0, ValueError, "kernel_size must be from 1 to 9, got 0"),
+    ("kernel_size", 11, ValueError, "kernel_size must be from 1 to 9, got 11"),
+    ("kernel_size", 3.0, TypeError, "kernel_size must be an integer, got 3.0 of type float"),
+    ("scale_factor", 0, ValueError, "scale_factor must be from 1 to 16, got 0"),
+    ("scale_factor", 17, ValueError, "scale_factor must be from 1 to 16, got 17"),
+    ("scale_factor", "2", TypeError, "scale_factor must be an integer, got '2' of type str"),
+    ("scale_factor", True, TypeError, "scale_factor must be an integer, got True of type bool"),
+]
+
+# operator, index of the map, what replaces it, error, message
+MAPS = [
+    ("dlu_upsample", 0, lambda x: x[0], ValueError, "features must have 4 dimensions (N, C, H, W), got shape (4, 3, 5)"),
+    ("dlu_upsample", 0, lambda x: x.int(), TypeError, "features must be float16, bfloat16, float32 or float64, got torch.int32"),
+    ("dlu_upsample", 0, lambda x: x[:, :, :0], ValueError, "features must have no empty dimension but the batch, got shape (1, 4, 0, 5)"),
+    ("dlu_upsample", 1, lambda x: x[:, :8], ValueError, "kernel_space must have shape (N, groups*kernel_size^2, H, W) = (1, 9, 3, 5), got (1, 8, 3, 5)"),
+    ("dlu_upsample", 1, lambda x: x[:, :, :2], ValueError, "kernel_space must have shape (N, groups*kernel_size^2, H, W) = (1, 9, 3, 5), got (1, 9, 2, 5)"),
+    ("dlu_upsample", 1, lambda x: x.double(), TypeError, "kernel_space must be float64 exactly when features is: features torch.float32, got torch.float64"),
+    ("dlu_upsample", 2, lambda x: x[:, :4], ValueError, "offsets must have shape (N, 2*groups*scale_factor^2, H, W) = (1, 8, 3, 5), got (1, 4, 3, 5)"),
+    ("dlu_upsample", 2, lambda x: x.repeat(2, 1, 1, 1), ValueError, "= (1, 8, 3, 5), got (2, 8, 3, 5)"),
+    ("dlu_upsample", 2, lambda x: x.long(), TypeError, "offsets must be float16, bfloat16, float32 or float64, got torch.int64"),
+    ("dlu_upsample", 2, lambda x: x.numpy(force=True), TypeError, "offsets must be a tensor, got ndarray"),
+    ("expand_kernels", 1, lambda x: None, TypeError, "kernel_space must be a tensor, got NoneType"),
+    ("expand_kernels", 1, lambda x: x[:, :6], ValueError, "kernel_space must have shape (N, groups*kernel_size^2, H, W) = (1, 9, 3, 5), got (1, 6, 3, 5)"),
+    ("expand_kernels", 2, lambda x: x[..., :4], ValueError, "offsets must have shape (N, 2*groups*scale_factor^2, H, W) = (1, 8, 3, 5), got (1, 8, 3, 4)"),
+    ("carafe", 0, lambda x: x.bool(), TypeError, "features must be float16, bfloat16, float32 or float64, got torch.bool"),
+    ("carafe", 3, lambda x: x[:, :, :5], ValueError, "masks must have shape (N, group_size*kernel_size^2, scale_factor*H, scale_factor*W) = (1, 9, 6, 10), got (1, 9, 5, 10)"),
+    ("carafe", 3, lambda x: x[0], ValueError, "masks must have 4 dimensions (N, C, H, W), got shape (9, 6, 10)"),
+    ("carafe", 3, lambda x: x.to("meta"), ValueError, "masks must be on the device of features, "),
+    ("dlu_upsample", 1, lambda x: x.to("meta"), ValueError, "kernel_space must be on the device of features, "),
+]  # fmt: skip
+
+
+def assert_raises(library, operator, tensors, error, message, **sizes):
+    with pytest.raises(error, match=re.escape(message)):
+        CALLS[operator](library, *tensors, **sizes)
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize("operator", CALLS)
+@pytest.mark.parametrize(("name", "value", "error", "message"), SIZES, ids=str)
+def test_sizes(operator, name, value, error, message, library, device):
+    assert_raises(library, operator, maps(device), error, message, **{name: value})
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize(("operator", "index", "change", "error", "message"), MAPS)
+def test_maps(operator, index, change, error, message, library, device):
+    tensors = maps(device)
+    tensors[index] = change(tensors[index])
+    assert_raises(library, operator, tensors, error, message)
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize(("operator", "name"), [("dlu_upsample", "groups"), ("carafe", "group_size")])
+def test_groups(operator, name, library, device):
+    tensors = maps(device)
+    for value in (3, 8):
+        message = f"{name} must divide the channels: 4 channels, got {name} {value}"
+        assert_raises(library, operator, tensors, ValueError, message, **{name: value})
+    assert_raises(library, operator, tensors, ValueError, f"{name} must be at least 1, got 0", **{name: 0})
+
+
+def test_a_device_without_kernels_is_refused(monkeypatch):
+    """No silent fallback: only cuda runs kernels and only cpu the eager path."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("xpu")
+
+    with pytest.raises(ValueError, match="tensors must be on a cuda or cpu device, got xpu"):
+        dlu_triton.carafe(torch.zeros(1, 1, 1, 1).as_subclass(Elsewhere), None, 1, 1, 1)
+
+
+def test_numpy_integers_are_integers(device):
+    import numpy as np
+
+    features, space, offsets, _ = maps(device)
+    assert dlu_triton.dlu_upsample(features, space, offsets, np.int64(2), np.int32(3)).shape == (1, 4, 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"scale_factor": 32}, "scale_factor must be from 1 to 16, got 32"),
+        ({"up_kernel": 4}, "up_kernel must be odd, got 4"),
+        ({"up_group": 3}, "up_group must divide the channels: 8 channels, got up_group 3"),
+        ({"encoder_kernel": 2}, "encoder_kernel must be odd, got 2"),
+        ({"encoder_dilation": 0}, "encoder_dilation must be at least 1, got 0"),
+        ({"compressed_channels": -1}, "compressed_channels must be at least 1, got -1"),
+    ],
+)
+@pytest.mark.parametrize("module", (dlu_triton.DLUPack, dlu_triton.CARAFEPack))
+def test_modules(module, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(**{"channels": 8, "scale_factor": 2, **arguments})
+
+
+@pytest.mark.parametrize("arguments", [(2, 1, 2), (3, 0, 2), (3, 1, 0)])
+def test_carafe_module(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        dlu_triton.CARAFE(*arguments)

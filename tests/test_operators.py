@@ -1,0 +1,295 @@
+"""Operators against float64 over dtypes, layouts and sizes, with random upstream gradients."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import dlu_triton
+from dlu_triton import _launch, _verify, reference
+from dlu_triton._verify import Case
+from dlu_triton.ops import carafe as carafe_ops
+from dlu_triton.ops import dlu as dlu_ops
+
+DTYPES = _verify.DTYPES
+by_name = {"ids": lambda value: getattr(value, "name", None) or str(value).removeprefix("torch.")}
+
+
+def assert_within_bounds(operator, case, dtype, device):
+    for name, found in _verify.compare(operator, case, dtype, device).items():
+        assert found.passed, f"{name}: kernel {found.kernel:.2e}, eager {found.eager:.2e}, bound {found.bound:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **by_name)
+@pytest.mark.parametrize("case", _verify.CASES, **by_name)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_error_against_float64(operator, case, dtype, device):
+    if case.gpu_only and device.type == "cpu":
+        pytest.skip("too large for the interpreter")
+    assert_within_bounds(operator, case, dtype, device)
+
+
+@pytest.mark.parametrize("kernel_size", (1, 3, 5, 7, 9))
+@pytest.mark.parametrize("scale_factor", (1, 2, 3, 5, 8, 11))
+def test_every_kernel_size_at_many_scales(scale_factor, kernel_size, device):
+    case = Case("", channels=2, height=3, width=4, scale_factor=scale_factor, kernel_size=kernel_size)
+    assert_within_bounds("dlu_upsample", case, torch.float32, device)
+
+
+@pytest.mark.parametrize("scale_factor", range(1, 17))
+def test_every_scale(scale_factor, device):
+    case = Case("", channels=1, height=2, width=3, scale_factor=scale_factor, kernel_size=3)
+    assert_within_bounds("dlu_upsample", case, torch.float64, device)
+    assert_within_bounds("carafe", case, torch.float64, device)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (3, 1), (33, 1), (33, 3), (11, 11), (80, 5), (130, 1), (130, 2)]
+)
+def test_channels_that_fit_no_block(channels, groups, device):
+    case = Case("", channels=channels, groups=groups, height=3, width=3, kernel_size=3)
+    assert_within_bounds("dlu_upsample", case, torch.float32, device)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 1), (17, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, **by_name)
+def test_degenerate_maps(dtype, size, device):
+    case = Case("", channels=3, height=size[0], width=size[1], reach=0.5)
+    for operator in _verify.OPERATORS:
+        assert_within_bounds(operator, case, dtype, device)
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_channels_shared_between_programs(operator, device, monkeypatch):
+    """Small maps split the channels of a tile over programs, large maps do not; both must be right."""
+    case = Case("", channels=200, height=3, width=3, kernel_size=3)
+    for enough in (1, 10**6):
+        monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", enough)
+        assert_within_bounds(operator, case, torch.float32, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory layouts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sliced(x):
+    """Every second element of a larger tensor, in all dimensions, NaN in between."""
+    large = x.new_full([2 * size + 1 for size in x.shape], float("nan"))
+    large[1::2, 1::2, 1::2, 1::2] = x
+    return large[1::2, 1::2, 1::2, 1::2]
+
+
+def transposed(x):
+    """Height innermost."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def expanded(x):
+    """One image and one column for all, by stride 0."""
+    return x[:1, :, :, :1].expand_as(x)
+
+
+def scalar(x):
+    """One value for all: the gradient that `.sum()` sends back."""
+    return x[:1, :1, :1, :1].expand_as(x)
+
+
+LAYOUTS = (channels_last, sliced, transposed, expanded, scalar)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_layout_changes_no_value(operator, layout, device):
+    """Each argument in turn, the upstream gradient included, and all of them."""
+    case = Case("", batch=2, channels=6, height=3, width=4, groups=2)
+    call = _verify.function(operator, case, eager=False)
+    reference_call = _verify.function(operator, case, eager=True)
+    arguments = _verify.inputs(operator, case, torch.float32, device)
+    for changed in [*([name] for name in arguments), list(arguments)]:
+        views = {name: layout(value) if name in changed else value for name, value in arguments.items()}
+        plain = {name: value.clone(memory_format=torch.contiguous_format) for name, value in views.items()}
+        expected, found = _verify.results(reference_call, plain), _verify.results(call, views)
+        for name in expected:
+            torch.testing.assert_close(
+                found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda text: f"{changed} {name}: {text}"
+            )
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), **by_name)
+def test_output_keeps_the_memory_format(layout, device):
+    case = Case("", batch=2, channels=6, height=3, width=4)
+    for operator in _verify.OPERATORS:
+        arguments = _verify.inputs(operator, case, torch.float32, device)
+        arguments = {name: value.contiguous(memory_format=layout) for name, value in arguments.items()}
+        for name, value in _verify.results(_verify.function(operator, case, eager=False), arguments).items():
+            assert value.is_contiguous(memory_format=layout), f"{operator} {name}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", (True, False), ids=("reference", "kernels"))
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("", channels=2, height=2, width=3, kernel_size=3, reach=0.6),
+        Case("", channels=2, height=3, width=2, scale_factor=1, kernel_size=1, groups=2),
+        Case("", channels=1, height=1, width=2, scale_factor=3, kernel_size=5),
+    ],
+    ids=("k3", "groups", "row"),
+)
+def test_gradcheck(operator, case, eager, device):
+    arguments = _verify.inputs(operator, case, torch.float64, device)
+    del arguments["grad_output"]
+    tensors = [value.requires_grad_() for value in arguments.values()]
+    # Atomic additions may come in another order each time. The kernels, slow when interpreted and held against the
+    # reference everywhere else, take the fast mode: random projections of the Jacobian instead of all of it.
+    torch.autograd.gradcheck(
+        _verify.function(operator, case, eager=eager), tensors, nondet_tol=1e-12, fast_mode=not eager
+    )
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_only_wanted_gradients(operator, device):
+    """Every combination of inputs that require a gradient gives the same values as all together."""
+    case = Case("", channels=4, height=3, width=4, kernel_size=3, groups=2)
+    call = _verify.function(operator, case, eager=False)
+    arguments = _verify.inputs(operator, case, torch.float32, device)
+    expected = _verify.results(call, arguments)
+    grad_output = arguments.pop("grad_output")
+    for wanted in product((True, False), repeat=len(arguments)):
+        if not any(wanted):
+            continue
+        tensors = [value.detach().requires_grad_(want) for value, want in zip(arguments.values(), wanted, strict=True)]
+        call(*tensors).backward(grad_output)
+        for name, tensor, want in zip(arguments, tensors, wanted, strict=True):
+            assert (tensor.grad is not None) == want
+            if want:
+                torch.testing.assert_close(tensor.grad, expected[name])
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_double_backward_fails_loudly(operator, device):
+    case = Case("", channels=2, height=2, width=2, kernel_size=1)
+    arguments = _verify.inputs(operator, case, torch.float64, device)
+    del arguments["grad_output"]
+    tensors = [value.requires_grad_() for value in arguments.values()]
+    output = _verify.function(operator, case, eager=False)(*tensors)
+    (gradient,) = torch.autograd.grad((output**2).sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        gradient.sum().backward()
+
+
+def test_deterministic_mode_is_told(device):
+    case = Case("", channels=2, height=2, width=2, kernel_size=1)
+    arguments = _verify.inputs("dlu_upsample", case, torch.float32, device)
+    call = _verify.function("dlu_upsample", case, eager=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="gradient of kernel_space has no deterministic implementation"):
+            _verify.results(call, arguments)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="no deterministic implementation"):
+            _verify.results(call, arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Edges
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+def test_empty_batch(library, device):
+    def empty(*shape):
+        return torch.ones(0, *shape, device=device, requires_grad=True)
+
+    features, space, offsets, masks = empty(4, 3, 5), empty(18, 3, 5), empty(16, 3, 5), empty(18, 6, 10)
+    outputs = (
+        library.dlu_upsample(features, space, offsets, 2, 3, 2),
+        library.carafe(features, masks, 3, 2, 2),
+        library.expand_kernels(space, offsets, 2, 3, 2),
+    )
+    assert [tuple(output.shape) for output in outputs] == [(0, 4, 6, 10), (0, 4, 6, 10), (0, 18, 6, 10)]
+    sum(output.sum() for output in outputs).backward()
+    for tensor in (features, space, offsets, masks):
+        assert tensor.grad.shape == tensor.shape
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf"), 1e30, -1e30))
+def test_hostile_offset(value, library, device):
+    """Infinite and huge offsets hold to the border; NaN makes its own output pixel NaN and no other."""
+    case = Case("", channels=3, height=4, width=5, kernel_size=3)
+    arguments = _verify.inputs("dlu_upsample", case, torch.float32, device)
+    del arguments["grad_output"]
+    arguments["offsets"][0, 0, 1, 2] = value  # dx of output pixel (2, 4)
+    offsets = arguments["offsets"].requires_grad_()
+    output = library.dlu_upsample(*arguments.values(), 2, 3)
+    held = arguments["offsets"].detach().nan_to_num(0, 99, -99).clamp(-99, 99)
+    expected = reference.dlu_upsample(arguments["features"], arguments["kernel_space"], held, 2, 3)
+    if value != value:
+        expected[0, :, 2, 4] = float("nan")
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    (grad_offsets,) = torch.autograd.grad(output, offsets, torch.randn_like(output))
+    assert grad_offsets[0, 0, 1, 2] == 0
+
+
+def test_far_coordinates_keep_their_fraction_in_half_precision(device):
+    """In bfloat16 a coordinate near 336 would be off by more than a pixel."""
+    width = 340
+    space = torch.randn(1, 1 * 9, 1, width, dtype=torch.float32).bfloat16().to(device)
+    offsets = torch.full((1, 2, 1, width), 0.375, dtype=torch.bfloat16, device=device)
+    masks = dlu_triton.expand_kernels(space, offsets, 1, 3).double()
+    exact = reference.expand_kernels(space.double(), offsets.double(), 1, 3)
+    torch.testing.assert_close(masks, exact, atol=4e-3, rtol=0)
+
+
+def test_float16_sums_beyond_its_range(device):
+    """Sums run in float32: 80000 and -80000 cancel although neither fits float16."""
+    features = torch.full((1, 1, 3, 3), 20000.0, dtype=torch.float16, device=device)
+    masks = torch.tensor([1.0, 1, 1, 1, 0, -1, -1, -1, -1], dtype=torch.float16, device=device)
+    masks = masks[None, :, None, None].expand(1, 9, 3, 3)
+    for library in (reference, dlu_triton):
+        assert library.carafe(features, masks, 3, 1, 1)[0, 0, 1, 1].item() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), **by_name)
+def test_opcheck(layout, device):
+    """Schema, autograd registration, fake kernels and AOT dispatch of the registered operators."""
+    case = Case("", channels=4, height=2, width=3, kernel_size=3, groups=2)
+    tensors = _verify.inputs("dlu_upsample", case, torch.float32, device)
+    tensors = {name: value.contiguous(memory_format=layout) for name, value in tensors.items()}
+    masks = _verify.inputs("carafe", case, torch.float32, device)["masks"].contiguous(memory_format=layout)
+    grad_output = tensors.pop("grad_output")
+    features, space, offsets = (value.requires_grad_() for value in tensors.values())
+    torch.library.opcheck(dlu_ops.dlu_upsample_op, (features, space, offsets, 2, 3, 2))
+    torch.library.opcheck(dlu_ops.expand_kernels_op, (space, offsets, 2, 3, 2))
+    torch.library.opcheck(carafe_ops.carafe_op, (features, masks.requires_grad_(), 3, 2, 2))
+    features, space, offsets, masks = (tensor.detach() for tensor in (features, space, offsets, masks))
+    torch.library.opcheck(
+        dlu_ops.dlu_upsample_backward_op, (grad_output, features, space, offsets, 2, 3, 2, True, True, True)
+    )
+    torch.library.opcheck(dlu_ops.expand_kernels_backward_op, (masks, space, offsets, 2, 3, 2, False, True))
+    torch.library.opcheck(carafe_ops.carafe_backward_op, (grad_output, features, masks, 3, 2, 2, True, True))
+
+
+def test_meta_tensors_give_the_shape():
+    features = torch.zeros(2, 6, 4, 5, device="meta")
+    space, offsets = torch.zeros(2, 25, 4, 5, device="meta"), torch.zeros(2, 18, 4, 5, device="meta")
+    output = dlu_triton.dlu_upsample(features, space, offsets, 3)
+    assert output.shape == (2, 6, 12, 15) and output.is_meta
