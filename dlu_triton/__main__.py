@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
 
     # Without a GPU `verify` is about the interpreted kernels, `demo` about the CPU path. Triton decides at import.
     interpret = options.command == "verify"
-    if not torch.cuda.is_available() and _launch.INTERPRETED != interpret:
+    if not torch.cuda.is_available() and interpret != _launch.INTERPRETED:
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
         return subprocess.run([sys.executable, "-m", "dlu_triton", *arguments], env=environment).returncode
     if options.command == "verify":

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +114,7 @@ def all_registers() -> dict[str, int]:
     return {} if torch.version.hip is not None else {"maxnreg": 255}
 
 
-@lru_cache(maxsize=None)
+@cache
 def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs."""
     most = min(128 if itemsize == 2 else 64, _most_outputs(kernel_size, itemsize))
@@ -135,7 +135,7 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
 
 
-@lru_cache(maxsize=None)
+@cache
 def gather_tile(scale_factor: int, kernel_size: int, itemsize: int) -> tuple[int, int]:
     """Outputs that the feature gradient of a SOURCE_TILE takes at a time: few turns, little beyond its reach."""
     span = scale_factor * (SOURCE_TILE + kernel_size - 1)

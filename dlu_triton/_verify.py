@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from . import reference
+from .ops import dlu
 from .ops.carafe import carafe
-from .ops.dlu import dlu_upsample, expand_kernels
 
 OPERATORS = ("dlu_upsample", "expand_kernels", "carafe")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -87,11 +87,7 @@ def function(operator: str, case: Case, *, eager: bool) -> Callable[..., Tensor]
     if operator == "carafe":
         call = reference.carafe if eager else carafe
         return lambda features, masks: call(features, masks, k, g, s)
-    call = (
-        getattr(reference, operator)
-        if eager
-        else {"dlu_upsample": dlu_upsample, "expand_kernels": expand_kernels}[operator]
-    )
+    call = getattr(reference if eager else dlu, operator)
     return lambda *tensors: call(*tensors, s, k, g)
 
 
@@ -125,7 +121,8 @@ def compare(operator: str, case: Case, dtype: torch.dtype, device: str | torch.d
     kernel = results(function(operator, case, eager=False), arguments)
     comparisons = {}
     for name, expected in truth.items():
-        assert kernel[name].shape == expected.shape and kernel[name].dtype == eager[name].dtype, name
+        assert kernel[name].shape == expected.shape, name
+        assert kernel[name].dtype == eager[name].dtype, name
         # Float64 is held against itself, so where the result is zero its own rounding is all there is.
         largest = max(expected.abs().max().item(), 1.0 if dtype == torch.float64 else 0.0)
         slack = SLACK[dtype] * torch.finfo(kernel[name].dtype).eps * largest

@@ -20,7 +20,7 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     out[c, i, j] = sum over u, v in -r..r of masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
     """
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
-    n, c, h, w = features.shape
+    _, c, h, w = features.shape
     k, s, g = kernel_size, scale_factor, group_size
     wide = _wide(features.dtype)
     nearest = F.interpolate(F.pad(features.to(wide), [k // 2] * 4), scale_factor=s)  # zeros outside the image

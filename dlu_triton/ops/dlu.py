@@ -203,7 +203,7 @@ def _(
 def expand_kernels_op(
     kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int
 ) -> Tensor:
-    n, _, h, w = kernel_space.shape
+    _, _, h, w = kernel_space.shape
     masks = _launch.new_map(kernel_space, groups * kernel_size**2, scale_factor * h, scale_factor * w)
     _sample(_softmax(kernel_space, groups, kernel_size), offsets, masks, scale_factor, kernel_size)
     return masks
