@@ -1,8 +1,6 @@
 """What a launch needs to know: tile sizes, number types, memory layouts and views. No kernels, no argument rules."""
 
 import math
-import warnings
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -203,42 +201,3 @@ def by_group(kernels: Tensor, groups: int) -> Tensor:
 def pointer_and_strides(tensor: Tensor | None, dims: int) -> tuple[Any, ...]:
     """A tensor as kernels take it; an absent one is None with zero strides."""
     return (None, *[0] * dims) if tensor is None else (tensor, *tensor.stride())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Gradients
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """What a backward op returns: one tensor like each wanted input."""
-    return [torch.empty_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
-
-
-def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
-    """Join an op on `tensors` tensors and some integers with its backward op.
-
-    The backward op takes the gradient, the op's own arguments and one flag per tensor, and returns the gradients
-    of the flagged tensors.
-    """
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.sizes = inputs[tensors:]
-
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:tensors]
-        gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
-        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
-
-    op.register_autograd(backward, setup_context=setup_context)
-
-
-def alert_not_deterministic(what: str) -> None:
-    """Honour `torch.use_deterministic_algorithms` where atomics make sums depend on their order."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = f"{what} has no deterministic implementation yet: it is summed by atomic additions"
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(f"{message}. Use torch.use_deterministic_algorithms(True, warn_only=True) to go on.")
-    warnings.warn(message, stacklevel=2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _reassembly
+from . import _reassembly, _registration
 
 
 @torch.library.custom_op("dlu_triton::carafe", mutates_args=())
@@ -59,10 +59,10 @@ def _(
     wants_features: bool,
     wants_masks: bool,
 ) -> list[Tensor]:
-    return _launch.empty_like_wanted((features, masks), (wants_features, wants_masks))
+    return _registration.empty_like_wanted((features, masks), (wants_features, wants_masks))
 
 
-_launch.register_autograd(carafe_op, carafe_backward_op, tensors=2)
+_registration.register_autograd(carafe_op, carafe_backward_op, tensors=2)
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _kernels, _reassembly
+from . import _kernels, _reassembly, _registration
 
 # ---------------------------------------------------------------------------------------------------------------
 # Launches
@@ -116,7 +116,7 @@ def _kernel_gradients(
     groups = space.shape[1]
     grad_space = grad_offsets = None
     if wants_space:
-        _launch.alert_not_deterministic("the gradient of kernel_space")
+        _registration.alert_not_deterministic("the gradient of kernel_space")
         dtype = _launch.sum_dtype(kernel_space.dtype)
         grad_space = _launch.new_space(kernel_space, groups, kernel_size, dtype, zero=True)
     if wants_offsets:
@@ -196,7 +196,7 @@ def _(
     wants_offsets: bool,
 ) -> list[Tensor]:
     wanted = (wants_features, wants_space, wants_offsets)
-    return _launch.empty_like_wanted((features, kernel_space, offsets), wanted)
+    return _registration.empty_like_wanted((features, kernel_space, offsets), wanted)
 
 
 @torch.library.custom_op("dlu_triton::expand_kernels", mutates_args=())
@@ -246,11 +246,11 @@ def _(
     wants_space: bool,
     wants_offsets: bool,
 ) -> list[Tensor]:
-    return _launch.empty_like_wanted((kernel_space, offsets), (wants_space, wants_offsets))
+    return _registration.empty_like_wanted((kernel_space, offsets), (wants_space, wants_offsets))
 
 
-_launch.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, tensors=3)
-_launch.register_autograd(expand_kernels_op, expand_kernels_backward_op, tensors=2)
+_registration.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, tensors=3)
+_registration.register_autograd(expand_kernels_op, expand_kernels_backward_op, tensors=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------

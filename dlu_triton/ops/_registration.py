@@ -1,0 +1,42 @@
+"""What the registered operators share: joining an op with its backward op, and the alert about atomics."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """What a backward op returns: one tensor like each wanted input."""
+    return [torch.empty_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
+
+
+def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
+    """Join an op on `tensors` tensors and some integers with its backward op.
+
+    The backward op takes the gradient, the op's own arguments and one flag per tensor, and returns the gradients
+    of the flagged tensors.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.sizes = inputs[tensors:]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:tensors]
+        gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
+        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def alert_not_deterministic(what: str) -> None:
+    """Honour `torch.use_deterministic_algorithms` where atomics make sums depend on their order."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = f"{what} has no deterministic implementation yet: it is summed by atomic additions"
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(f"{message}. Use torch.use_deterministic_algorithms(True, warn_only=True) to go on.")
+    warnings.warn(message, stacklevel=2)
