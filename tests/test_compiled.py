@@ -14,7 +14,7 @@ KERNELS = {
     "reassemble_forward", "reassemble_backward_features", "reassemble_backward_kernels",
 }  # fmt: skip
 # Bytes of shared memory that one block may have.
-SHARED = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
+SHARED = {"cuda:90": 227 * 1024, "cuda:80": 163 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
 
 
 @pytest.fixture(scope="module")
