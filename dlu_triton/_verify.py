@@ -52,6 +52,7 @@ CASES = (
     Case("scale 3, kernel 7", channels=6, height=4, width=3, scale_factor=3, kernel_size=7, groups=2),
     Case("scale 4, kernel 1", channels=17, height=3, width=6, scale_factor=4, kernel_size=1),
     Case("scale 16, kernel 3", channels=2, height=3, width=2, scale_factor=16, kernel_size=3, reach=2.0),
+    Case("zero offsets", height=4, width=4, reach=0.0),  # on pixels, and on the border
     Case("far offsets", height=6, width=6, reach=1e6),
     Case("FPN level", batch=2, channels=256, height=52, width=84, gpu_only=True),
     Case("FPN level, channels_last", batch=2, channels=256, height=50, width=83, channels_last=True, gpu_only=True),

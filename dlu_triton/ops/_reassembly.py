@@ -34,6 +34,7 @@ def forward(
             **tile._asdict(), BLOCK_C=block,
             ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype),
             num_warps=_launch.warps(kernel_size), num_stages=1,
+            **(_launch.all_registers() if features.dtype == torch.float64 else {}),
         )  # fmt: skip
     return output
 
