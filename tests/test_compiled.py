@@ -41,7 +41,11 @@ def test_kernels_fit(compiled, target):
 
 
 def test_half_precision_reassembles_on_tensor_cores(compiled):
-    rows = [row for row in compiled if row["kernel"].startswith("reassemble") and row["target"].startswith("cuda")]
-    assert len(rows) > 100
+    rows = [
+        row
+        for row in compiled
+        if row["kernel"].startswith("reassemble") and row["target"].startswith("cuda") and "float16" in row["case"]
+    ]
+    assert len(rows) > 50
     scalar = [f"{row['target']} {row['kernel']} [{row['case']}]" for row in rows if not row["tensor_core"]]
     assert not scalar, "\n".join(scalar)
