@@ -57,6 +57,14 @@ def _map(name: str, value: object) -> None:
         raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(value.shape)}")
 
 
+def kernel_device(name: str, value: Tensor) -> None:
+    """Kernels run on cuda and, interpreted, on cpu tensors."""
+    if value.device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(
+            f"{name} must be on a cuda or cpu device, got {value.device}; dlu_triton.reference runs on any device"
+        )
+
+
 def _beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")

@@ -37,8 +37,9 @@ MIN_SIDE, MAX_SIDE = 64, 512  # pixels of the picture
 MAX_ASPECT = 2
 SCALE = 2
 FEATURES = 16
-STEPS = 600
-LEARNING_RATE = 1e-2
+HEAD_KERNEL = 3  # of the convolution after the upsampler
+STEPS = 500
+LEARNING_RATE = 5e-3
 TRAINING_CROP = 128  # pixels a side, of the target
 SEED = 0
 
@@ -185,10 +186,10 @@ class _Network(nn.Module):
         self.encoder = nn.Sequential(
             nn.Conv2d(3, 2 * FEATURES, 3, padding=1), nn.GELU(), nn.Conv2d(2 * FEATURES, FEATURES - 3, 3, padding=1)
         )
-        self.head = nn.Conv2d(FEATURES, 3, 3, padding=1)
+        self.head = nn.Conv2d(FEATURES, 3, HEAD_KERNEL, padding=HEAD_KERNEL // 2)
         with torch.no_grad():  # starts close to the upsampled RGB values
             self.head.weight.mul_(0.1)
-            self.head.weight[:, :3, 1, 1] += torch.eye(3)
+            self.head.weight[:, :3, HEAD_KERNEL // 2, HEAD_KERNEL // 2] += torch.eye(3)
             self.head.bias.zero_()
         self.upsampler = upsampler()  # last, so that all networks start with the same encoder and head
 
@@ -210,7 +211,7 @@ def _train(network: _Network, picture: Tensor, steps: int, progress: tqdm) -> No
     """Learn to restore random crops of the (1, 3, H, W) picture after shrinking; the same crops for all networks."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     for _ in range(steps):
         crop = _random_crop(picture, generator)
         loss = F.mse_loss(network(_shrink(crop)), crop)
@@ -290,7 +291,7 @@ def _sheet(
     whole = math.ceil(MIN_CELL / original.width)
     zoom = max(8, 3 * whole)
     cell = (whole * original.width, whole * original.height)
-    box = _telling_box(original, small, *(SCALE * math.ceil(side / zoom / SCALE) for side in cell))
+    box = _telling_box(results, *(SCALE * math.ceil(side / zoom / SCALE) for side in cell))
     half_box = tuple(edge // SCALE for edge in box)
 
     def detail(picture: Image.Image, box: tuple[int, ...], zoom: int) -> Image.Image:
@@ -357,12 +358,12 @@ def _sheet(
     return sheet
 
 
-def _telling_box(original: Image.Image, small: Image.Image, width: int, height: int) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) in which the small picture lacks most; whole pixels of the small picture."""
-    plain = F.interpolate(_tensor(small), scale_factor=SCALE, mode="bilinear")
-    error = (plain - _tensor(original)).square().mean(1, keepdim=True)
-    means = F.avg_pool2d(error, (height, width), SCALE)
-    row, column = divmod(int(means.argmax()), means.shape[3])
+def _telling_box(results: list[_Result], width: int, height: int) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) in which the results differ most; whole pixels of the small picture."""
+    pictures = torch.cat([_tensor(result.picture) for result in results])
+    spread = pictures.var(0, correction=0).mean(0, keepdim=True)
+    means = F.avg_pool2d(spread, (height, width), SCALE)[0]
+    row, column = divmod(int(means.argmax()), means.shape[1])
     return SCALE * column, SCALE * row, SCALE * column + width, SCALE * row + height
 
 

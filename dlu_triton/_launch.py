@@ -28,13 +28,7 @@ _TRITON = {
 
 def runs_kernels(tensor: object) -> bool:
     """Whether a call on this tensor runs the Triton kernels; CPU tensors take the eager path unless interpreted."""
-    if not isinstance(tensor, Tensor) or tensor.device.type == "cpu":
-        return INTERPRETED
-    if tensor.device.type not in ("cuda", "meta"):
-        raise ValueError(
-            f"tensors must be on a cuda or cpu device, got {tensor.device}; dlu_triton.reference runs on any device"
-        )
-    return True
+    return INTERPRETED or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -102,14 +96,13 @@ def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
     return (block - 1 + misaligned) // scale_factor + kernel_size
 
 
-def warps(kernel_size: int) -> int:
-    """Eight where the taps of a tile would not fit the registers of four."""
-    return 4 if kernel_size <= 5 else 8
+def options(kernel_size: int, *, all_registers: bool = False) -> dict[str, int]:
+    """Launch options. Eight warps where the taps of a tile would not fit the registers of four.
 
-
-def all_registers() -> dict[str, int]:
-    """Lets a kernel take every register; left to itself, ptxas spills a few of some kernels for occupancy."""
-    return {} if torch.version.hip is not None else {"maxnreg": 255}
+    Left to itself, ptxas spills a few registers of some kernels for occupancy; `all_registers` lets it take them all.
+    """
+    limit = {"maxnreg": 255} if all_registers and torch.version.hip is None else {}
+    return {"num_warps": 4 if kernel_size <= 5 else 8, "num_stages": 1, **limit}
 
 
 @cache

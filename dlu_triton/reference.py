@@ -1,8 +1,8 @@
 """Eager twins of the operators: the definition, in plain PyTorch.
 
 Differentiable by autograd, runnable in float64, and the path that CPU tensors take. The unfolded tensor is never
-built: reassembly is k*k shifted multiply-adds, so memory stays at a few times output and masks. Half-precision
-inputs are summed in float32 and rounded once, at the end; coordinates are float32 at least.
+built: reassembly is k*k shifted multiply-adds, so memory stays at a few times output and masks. Softmax, sampling and
+sums run in float32 at least; masks and output are rounded to half precision once each.
 """
 
 import torch
@@ -45,8 +45,9 @@ def expand_kernels(
     _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     n, _, h, w = kernel_space.shape
     k, s, g = kernel_size, scale_factor, groups
-    space = kernel_space.unflatten(1, (g, k * k)).softmax(dim=2).flatten(3)  # (N, G, k*k, H*W)
-    shifts = pixel_shuffle(offsets.to(_wide(offsets.dtype)), s).unflatten(1, (g, 2))
+    wide = _wide(kernel_space.dtype)
+    space = kernel_space.to(wide).unflatten(1, (g, k * k)).softmax(dim=2).flatten(3)  # (N, G, k*k, H*W)
+    shifts = pixel_shuffle(offsets.to(wide), s).unflatten(1, (g, 2))
     dx, dy = shifts.unbind(2)  # (N, G, s*H, s*W), in source pixels
     x0, x1, fx = _cells(dx + torch.arange(s * w, device=dx.device) // s, w)
     y0, y1, fy = _cells(dy + (torch.arange(s * h, device=dy.device) // s)[:, None], h)
@@ -59,9 +60,9 @@ def expand_kernels(
         return (wy * wx).flatten(2).unsqueeze(2)
 
     masks = corner(y0, x0) * weight(1 - fy, 1 - fx)
-    masks = masks.addcmul_(corner(y0, x1).to(masks.dtype), weight(1 - fy, fx))
-    masks = masks.addcmul_(corner(y1, x0).to(masks.dtype), weight(fy, 1 - fx))
-    masks = masks.addcmul_(corner(y1, x1).to(masks.dtype), weight(fy, fx))
+    masks = masks.addcmul_(corner(y0, x1), weight(1 - fy, fx))
+    masks = masks.addcmul_(corner(y1, x0), weight(fy, 1 - fx))
+    masks = masks.addcmul_(corner(y1, x1), weight(fy, fx))
     return masks.view(n, g * k * k, s * h, s * w).to(kernel_space.dtype)
 
 

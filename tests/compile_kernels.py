@@ -3,7 +3,7 @@
     python tests/compile_kernels.py cuda:90 cuda:80 cuda:100
 
 prints one JSON object per compiled kernel: typical launches for every target, corners for the first alone, or for
-every one with --corners, which takes a quarter of an hour on two cores.
+every one with --corners, which takes several times as long.
 
 It runs in a process of its own because interpreted and compiled kernels cannot share one. A stub driver names the
 target; the operators' own launch code runs on meta tensors, and every launch stops after compilation.
@@ -53,6 +53,9 @@ TYPICAL = [
     (torch.bfloat16, "contiguous", 2, 9, 1, 64),
 ]
 CORNERS = [
+    (torch.bfloat16, "odd sizes", 2, 5, 1, 255),
+    (torch.float32, "odd sizes", 2, 5, 1, 255),
+    (torch.bfloat16, "float32 kernels", 2, 5, 1, 256),
     (torch.float16, "channels_last", 2, 5, 1, 256),
     (torch.float64, "channels_last", 2, 5, 1, 256),
     *(
@@ -82,9 +85,12 @@ def launch(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
         x = torch.empty(2, c, h, w, dtype=dtype, device="meta")
         return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
-    h, w, s, k, g = 48, 80, scale_factor, kernel_size, groups
+    h, w = (25, 41) if layout == "odd sizes" else (48, 80)
+    kernel_dtype = torch.float32 if layout == "float32 kernels" else dtype
+    s, k, g = scale_factor, kernel_size, groups
     features, output = meta(channels, h, w), meta(channels, s * h, s * w)
-    space, offsets, masks = meta(g * k * k, h, w), meta(2 * g * s * s, h, w), meta(g * k * k, s * h, s * w)
+    space, offsets = meta(g * k * k, h, w, kernel_dtype), meta(2 * g * s * s, h, w, kernel_dtype)
+    masks = meta(g * k * k, s * h, s * w, kernel_dtype)
     carafe.carafe_op._init_fn(features, masks, k, g, s)
     carafe.carafe_backward_op._init_fn(output, features, masks, k, g, s, True, True)
     dlu.dlu_upsample_op._init_fn(features, space, offsets, s, k, g)

@@ -7,11 +7,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before dlu_triton
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True)

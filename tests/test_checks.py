@@ -57,6 +57,7 @@ MAPS = [
     ("carafe", 3, lambda x: x[:, :, :5], ValueError, "masks must have shape (N, group_size*kernel_size^2, scale_factor*H, scale_factor*W) = (1, 9, 6, 10), got (1, 9, 5, 10)"),
     ("carafe", 3, lambda x: x[0], ValueError, "masks must have 4 dimensions (N, C, H, W), got shape (9, 6, 10)"),
     ("carafe", 3, lambda x: x.to("meta"), ValueError, "masks must be on the device of features, "),
+    ("expand_kernels", 2, lambda x: x.to("meta"), ValueError, "offsets must be on the device of kernel_space, "),
     ("dlu_upsample", 1, lambda x: x.to("meta"), ValueError, "kernel_space must be on the device of features, "),
 ]  # fmt: skip
 
@@ -97,8 +98,8 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
     class Elsewhere(torch.Tensor):
         device = torch.device("xpu")
 
-    with pytest.raises(ValueError, match="tensors must be on a cuda or cpu device, got xpu"):
-        dlu_triton.carafe(torch.zeros(1, 1, 1, 1).as_subclass(Elsewhere), None, 1, 1, 1)
+    with pytest.raises(ValueError, match="features must be on a cuda or cpu device, got xpu"):
+        dlu_triton.carafe(*(torch.zeros(1, 1, 1, 1).as_subclass(Elsewhere) for _ in range(2)), 1, 1, 1)
 
 
 def test_numpy_integers_are_integers(device):

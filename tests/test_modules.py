@@ -1,5 +1,9 @@
 """Modules: names and sizes of parameters, initialisation, and what they compute."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +158,51 @@ def test_modules_in_other_dtypes(module, dtype, device):
 @pytest.mark.parametrize("module", (DLUPack, CARAFEPack))
 def test_empty_batch(module, device):
     assert module(4, 2).to(device)(torch.zeros(0, 4, 3, 3, device=device)).shape == (0, 4, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("module", (DLUPack, CARAFEPack))
+def test_autocast(module, dtype, device):
+    """The convolutions give bfloat16 kernels, whatever the features are; the output keeps the features' type."""
+    pack = module(4, 2, up_kernel=3, compressed_channels=8).to(device)
+    x = torch.randn(1, 4, 3, 3, device=device, dtype=dtype, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = pack(x)
+    assert output.dtype == dtype
+    output.backward(torch.randn_like(output))
+    assert x.grad.dtype == dtype
+    assert all(parameter.grad.isfinite().all() for parameter in pack.parameters())
+
+
+EAGER_TRAINING = """
+import torch, torch.nn.functional as F
+from dlu_triton import _launch, {module}
+assert not _launch.INTERPRETED
+torch.manual_seed(0)
+pack = {module}(4, 2, up_group=2, compressed_channels=8)
+target = F.interpolate(torch.randn(2, 4, 8, 6), scale_factor=2, mode="bicubic")
+x = F.avg_pool2d(target, 2)
+before = [parameter.clone() for parameter in pack.parameters()]
+optimiser = torch.optim.Adam(pack.parameters(), lr=0.03)
+losses = []
+for _ in range(40):
+    loss = F.mse_loss(pack(x), target)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.5 * losses[0], losses
+assert not any(torch.equal(old, new) for old, new in zip(before, pack.parameters()))
+"""
+
+
+@pytest.mark.parametrize("module", ("DLUPack", "CARAFEPack"))
+def test_training_on_the_eager_path(module):
+    """On CPU tensors, as without a GPU and without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = EAGER_TRAINING.format(module=module)
+    process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_public_names():

@@ -18,8 +18,8 @@ become integers, so no value of an input can lead outside.
 import triton
 import triton.language as tl
 
-# Sizes that vary from call to call must not select a new compilation.
-_SIZES = ["height", "width", "tiles_h", "tiles_w", "groups", "slices", "channels_per_program"]
+# Sizes that vary from call to call select no new compilation by themselves; strides do, by their alignment to 16.
+_SIZES = ["height", "width", "tiles_h", "tiles_w", "groups", "slices", "blocks", "channels_per_program"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def _clamped_coordinate(position, size):
     """Source cells below and above a coordinate, its fraction, and whether it moves with its offset.
 
     The border takes a coordinate at or beyond it, and its gradient is zero there. A NaN addresses cell 0 and keeps
-    its fraction NaN, so it reaches the result of its own output pixel and no other.
+    its fraction NaN, so in the forward it reaches its own output pixel and no other.
     """
     limit = (size - 1).to(position.dtype)
     inside = (position > 0) & (position < limit)
@@ -153,6 +153,7 @@ def _taps(
 
 @triton.jit
 def _scatter_corner(grad_space_ptr, stride_t, stride_h, stride_w, y, x, grad, mask, TAPS: tl.constexpr):
+    """Atomic, into zeros: offsets are unbounded, so any output may reach any cell."""
     pixel_ptrs = grad_space_ptr + _pixel_offsets(y, x, stride_h, stride_w)
     tl.atomic_add(pixel_ptrs[:, None] + tl.arange(0, TAPS)[None, :] * stride_t, grad, mask=mask, sem="relaxed")
 
@@ -225,11 +226,11 @@ def _softmax_taps(pixel_ptrs, stride_t, valid, KERNEL: tl.constexpr, TAPS: tl.co
 def softmax_forward(
     logits_ptr, stride_ln, stride_lg, stride_lt, stride_lh, stride_lw,
     space_ptr, stride_sn, stride_sg, stride_st, stride_sh, stride_sw,
-    height, width, groups, slices,
+    height, width, groups, blocks,
     KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Kernel-space logits -> normalised kernels, taps innermost and padded to TAPS with zeros."""
-    block, plane = tl.program_id(0) % slices, tl.program_id(0) // slices
+    block, plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     image, group = (plane // groups).to(tl.int64), (plane % groups).to(tl.int64)
     pixel = block.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
     valid = pixel < height.to(tl.int64) * width
@@ -246,11 +247,11 @@ def softmax_backward(
     logits_ptr, stride_ln, stride_lg, stride_lt, stride_lh, stride_lw,
     grad_space_ptr, stride_sn, stride_sg, stride_st, stride_sh, stride_sw,
     grad_logits_ptr, stride_gn, stride_gg, stride_gt, stride_gh, stride_gw,
-    height, width, groups, slices,
+    height, width, groups, blocks,
     KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """grad_logits = S * (grad_S - sum(S * grad_S)), with S recomputed from the logits."""
-    block, plane = tl.program_id(0) % slices, tl.program_id(0) // slices
+    block, plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     image, group = (plane // groups).to(tl.int64), (plane % groups).to(tl.int64)
     pixel = block.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
     valid = pixel < height.to(tl.int64) * width

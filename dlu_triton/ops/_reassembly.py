@@ -33,8 +33,7 @@ def forward(
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
             **tile._asdict(), BLOCK_C=block,
             ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype),
-            num_warps=_launch.warps(kernel_size), num_stages=1,
-            **(_launch.all_registers() if features.dtype == torch.float64 else {}),
+            **_launch.options(kernel_size, all_registers=features.dtype == torch.float64),
         )  # fmt: skip
     return output
 
@@ -66,7 +65,7 @@ def backward_features(
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
             BLOCK_H=block_h, BLOCK_W=block_w, TILE_H=_launch.SOURCE_TILE, TILE_W=_launch.SOURCE_TILE, BLOCK_C=block,
             ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype),
-            num_warps=_launch.warps(kernel_size), num_stages=1, **_launch.all_registers(),
+            **_launch.options(kernel_size, all_registers=True),
         )  # fmt: skip
     return grad_features
 
@@ -103,7 +102,7 @@ def backward_kernels(
             SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
             **tile._asdict(), BLOCK_C=_launch.channel_block(features.dtype, c // groups),
             **_launch.product_types(features.dtype),
-            num_warps=_launch.warps(kernel_size), num_stages=1, **_launch.all_registers(),
+            **_launch.options(kernel_size, all_registers=True),
         )  # fmt: skip
 
 

@@ -94,4 +94,5 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     if not _launch.runs_kernels(features):
         return reference.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
+    _checks.kernel_device("features", features)
     return carafe_op(features, masks, kernel_size, group_size, scale_factor)

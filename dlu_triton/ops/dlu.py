@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import _checks, _launch, reference
 from . import _kernels, _reassembly, _registration
 
+_Launch = tuple[tuple[int], tuple[int, ...], dict[str, Any]]  # grid, sizes, constants
+
 # ---------------------------------------------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------------------------------------------
@@ -44,13 +46,13 @@ def _softmax_backward(kernel_space: Tensor, grad_space: Tensor, groups: int, ker
     return grad_logits
 
 
-def _softmax_launch(kernel_space: Tensor, groups: int, kernel_size: int):  # noqa: ANN202
+def _softmax_launch(kernel_space: Tensor, groups: int, kernel_size: int) -> _Launch:
     n, _, h, w = kernel_space.shape
     block = _launch.pixels_per_program(kernel_size)
     blocks = triton.cdiv(h * w, block)
-    constants: dict[str, Any] = dict(
+    constants = dict(
         KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size), BLOCK_P=block,
-        **_launch.accumulator(kernel_space.dtype), num_warps=_launch.warps(kernel_size),
+        **_launch.accumulator(kernel_space.dtype), **_launch.options(kernel_size),
     )  # fmt: skip
     return (n * groups * blocks,), (h, w, groups, blocks), constants
 
@@ -92,13 +94,13 @@ def _sample_backward(
             )  # fmt: skip
 
 
-def _sampling_launch(space: Tensor, dtype: torch.dtype, scale_factor: int, kernel_size: int):  # noqa: ANN202
+def _sampling_launch(space: Tensor, dtype: torch.dtype, scale_factor: int, kernel_size: int) -> _Launch:
     n, groups, taps, h, w = space.shape
     tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
     tiles_h, tiles_w = triton.cdiv(scale_factor * h, tile.BLOCK_H), triton.cdiv(scale_factor * w, tile.BLOCK_W)
-    constants: dict[str, Any] = dict(
+    constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
-        **_launch.accumulator(dtype), num_warps=_launch.warps(kernel_size),
+        **_launch.accumulator(dtype), **_launch.options(kernel_size),
     )  # fmt: skip
     return (n * tiles_h * tiles_w * groups,), (h, w, tiles_h, tiles_w, groups), constants
 
@@ -289,6 +291,7 @@ def dlu_upsample(
     if not _launch.runs_kernels(features):
         return reference.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
+    _checks.kernel_device("features", features)
     return dlu_upsample_op(features, kernel_space, offsets, scale_factor, kernel_size, groups)
 
 
@@ -324,4 +327,5 @@ def expand_kernels(
     if not _launch.runs_kernels(kernel_space):
         return reference.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
+    _checks.kernel_device("kernel_space", kernel_space)
     return expand_kernels_op(kernel_space, offsets, scale_factor, kernel_size, groups)
