@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py cuda:90 cuda:80 cuda:100
 
-prints one JSON object per compiled kernel: typical launches for every target, corners for the first alone, or for
-every one with --corners, which takes several times as long.
+prints one JSON object per compiled kernel: typical launches for every target (for AMD, a sample) and every second
+corner for the first; with --corners all of both for every target, which takes several times as long.
 
 It runs in a process of its own because interpreted and compiled kernels cannot share one. A stub driver names the
 target; the operators' own launch code runs on meta tensors, and every launch stops after compilation.
@@ -162,9 +162,13 @@ def main() -> None:
     for name in options.targets:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
-        corners = options.corners or name == options.targets[0]
-        typical = TYPICAL if backend == "cuda" or options.corners else TYPICAL[::3]  # AMD: a sample
-        jobs += [(target, case) for case in typical + CORNERS * corners]
+        if options.corners:
+            cases = TYPICAL + CORNERS
+        elif name == options.targets[0]:
+            cases = TYPICAL + CORNERS[::2]
+        else:
+            cases = TYPICAL if backend == "cuda" else TYPICAL[::3]
+        jobs += [(target, case) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
             for row in rows:
