@@ -1,5 +1,7 @@
 """Argument rules, shared by the operators and their eager twins: every error names rule and received value."""
 
+import math
+import numbers
 import operator
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KERNEL_SIZE = 9
 MAX_SCALE_FACTOR = 16
+WEIGHING_METHODS = ("xgradcam", "gradcam", "gradcam++")  # one weight per channel
+CAM_METHODS = (*WEIGHING_METHODS, "hirescam", "layercam", "elementwise")
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -46,11 +50,15 @@ def channel_groups(name: str, value: object, channels: int) -> int:
     return groups
 
 
-def _map(name: str, value: object) -> None:
+def _floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def _map(name: str, value: object) -> None:
+    _floating(name, value)
     if value.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
     if 0 in value.shape[1:]:
@@ -116,3 +124,65 @@ def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scal
     g = channel_groups("group_size", groups, c)
     rule = "(N, group_size*kernel_size^2, scale_factor*H, scale_factor*W)"
     _shape("masks", masks, rule, (n, g * k * k, s * h, s * w))
+
+
+def class_activation_map(
+    activations: Tensor, gradients: Tensor, method: object, eps: object, size: object, return_weights: bool = False
+) -> None:
+    """Rules of `class_activation_map(activations, gradients, method, eps, ..., size, ...)`."""
+    if method not in CAM_METHODS:
+        raise ValueError(f"method must be one of {', '.join(CAM_METHODS)}, got {method!r}")
+    if return_weights and method not in WEIGHING_METHODS:
+        raise ValueError(f"return_weights must be False for {method}, which has no channel weights, got True")
+    non_negative("eps", eps)
+    map_size(size)
+    _activations(activations)
+    _floating("gradients", gradients)
+    n, c, h, w = activations.shape
+    if gradients.dim() == 5 and gradients.shape[1] > 0:
+        _shape("gradients", gradients, "(N, K, C, H, W)", (n, gradients.shape[1], c, h, w))
+    else:
+        _shape("gradients", gradients, "(N, C, H, W), or (N, K, C, H, W) for K maps,", (n, c, h, w))
+    _beside("gradients", gradients, "activations", activations)
+
+
+def weighted_activation_map(activations: Tensor, weights: Tensor, size: object) -> None:
+    """Rules of `weighted_activation_map(activations, weights, ..., size, ...)`."""
+    map_size(size)
+    _activations(activations)
+    _floating("weights", weights)
+    n, c = activations.shape[:2]
+    if weights.dim() == 3 and weights.shape[1] > 0:
+        _shape("weights", weights, "(N, K, C)", (n, weights.shape[1], c))
+    else:
+        _shape("weights", weights, "(N, C), or (N, K, C) for K maps,", (n, c))
+    _beside("weights", weights, "activations", activations)
+
+
+def non_negative(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def map_size(value: object, name: str = "size") -> tuple[int, int] | None:
+    """None, or the height and width that an integer or a pair of them stands for."""
+    if value is None:
+        return None
+    if not isinstance(value, tuple | list):
+        side = integer(name, value, 1)
+        return side, side
+    if len(value) != 2:
+        raise ValueError(f"{name} must be an integer or a pair (height, width), got {tuple(value)}")
+    height, width = (integer(name, side, 1) for side in value)
+    return height, width
+
+
+def _activations(value: object) -> None:
+    if isinstance(value, Tensor) and value.dim() == 3:
+        raise ValueError(
+            "activations must have 4 dimensions (N, C, H, W); view tokens (N, T, C) as "
+            f"tokens[:, -H * W:].transpose(1, 2).unflatten(2, (H, W)), got shape {tuple(value.shape)}"
+        )
+    _map("activations", value)

@@ -97,12 +97,13 @@ def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
 
 
 def options(kernel_size: int, *, all_registers: bool = False) -> dict[str, int]:
-    """Launch options. Eight warps where the taps of a tile would not fit the registers of four.
+    """Launch options. Eight warps where the taps of a tile would not fit the registers of four."""
+    return {"num_warps": 4 if kernel_size <= 5 else 8, "num_stages": 1, **(most_registers() if all_registers else {})}
 
-    Left to itself, ptxas spills a few registers of some kernels for occupancy; `all_registers` lets it take them all.
-    """
-    limit = {"maxnreg": 255} if all_registers and torch.version.hip is None else {}
-    return {"num_warps": 4 if kernel_size <= 5 else 8, "num_stages": 1, **limit}
+
+def most_registers() -> dict[str, int]:
+    """Lets ptxas take all registers: left to itself, it spills a few of some kernels for occupancy."""
+    return {"maxnreg": 255} if torch.version.hip is None else {}
 
 
 @cache
@@ -154,12 +155,44 @@ def channel_block(dtype: torch.dtype, channels_per_group: int) -> int:
     return max(16, min(widest, triton.next_power_of_2(channels_per_group)))
 
 
-def channel_slices(programs: int, channels_per_group: int, block: int) -> tuple[int, int]:
-    """How many programs share the channels of a tile, and how many channels each takes."""
-    blocks = triton.cdiv(channels_per_group, block)
+def shares(programs: int, items: int, block: int) -> tuple[int, int]:
+    """Among how many programs each of `programs` is divided, and how many of its `items` each of these takes."""
+    blocks = triton.cdiv(items, block)
     wanted = min(blocks, triton.cdiv(ENOUGH_PROGRAMS, max(programs, 1)))
     per_program = triton.cdiv(blocks, wanted) * block
-    return triton.cdiv(channels_per_group, per_program), per_program
+    return triton.cdiv(items, per_program), per_program
+
+
+class PlaneTile(NamedTuple):
+    """Channels and pixels that a program of a class activation map holds, and whether the pixels are whole planes."""
+
+    channels: int
+    pixels: int
+    whole: bool
+
+    def options(self) -> dict[str, int]:
+        """Blocks and launch options: at most 16 elements of a tile in each thread, which compiles without spills."""
+        warps = max(1, min(8, self.channels * self.pixels // 256))
+        return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": warps, **most_registers()}
+
+
+# Slices, raw pixels and output pixels that a finishing program takes at a time.
+FINISHING_BLOCKS = {"BLOCK_S": 16, "BLOCK_P": 256, "BLOCK_O": 512}
+
+
+def plane_tile(activations: Tensor, gradients: Tensor | None) -> PlaneTile:
+    """Whole planes where they fit, of as many channels as fit; where channels are innermost, at least a sector wide."""
+    _, c, h, w = activations.shape
+    itemsize = activations.dtype.itemsize
+    most = 2048 if itemsize == 8 else 4096  # two such tiles and their sum stay in registers
+    innermost = [t for t in (activations, gradients) if t is not None and t.stride(-3) == 1 and h * w > 1]
+    sector = min(32 // itemsize, triton.next_power_of_2(c)) if innermost else 1
+    block_p = max(16, triton.next_power_of_2(h * w))
+    whole = block_p * sector <= most
+    if not whole:
+        block_p = 128 if innermost else 1024
+    block_c = min(most // block_p, triton.next_power_of_2(c))
+    return PlaneTile(block_c, block_p, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,6 +222,21 @@ def new_space(kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.
 def by_group(kernels: Tensor, groups: int) -> Tensor:
     """(N, G*k*k, H, W) -> a view (N, G, k*k, H, W)."""
     return kernels.unflatten(1, (groups, -1))
+
+
+def plane(tensor: Tensor | None) -> tuple[Any, ...]:
+    """(N, [K,] C, h, w) as kernels take it: pointer, strides, width. No row stride where rows follow each other."""
+    if tensor is None:
+        return (None, 0, 0, 0, None, 0, 1)  # one more outer stride: only gradients are ever absent
+    *outer, row, column = tensor.stride()
+    h, w = tensor.shape[-2:]
+    if h == 1:
+        row = None
+    elif w == 1:
+        row, column = None, row
+    elif row == w * column:
+        row = None
+    return (tensor, *outer, row, column, w)
 
 
 def pointer_and_strides(tensor: Tensor | None, dims: int) -> tuple[Any, ...]:

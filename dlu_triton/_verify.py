@@ -11,9 +11,11 @@ from torch import Tensor
 
 from . import _launch, reference
 from .ops import dlu
+from .ops.cam import class_activation_map
 from .ops.carafe import carafe
 
 OPERATORS = ("dlu_upsample", "expand_kernels", "carafe")
+CAM = "class_activation_map"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # An error may be twice that of eager PyTorch in the same dtype, plus this many machine epsilons of the largest value.
@@ -60,9 +62,47 @@ CASES = (
 )
 
 
-def inputs(operator: str, case: Case, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class CAMCase:
+    """Sizes and layout of one comparison of class activation maps. `classes` is the number of maps of an image."""
+
+    name: str
+    method: str
+    batch: int = 1
+    channels: int = 40
+    height: int = 5
+    width: int = 7
+    classes: int | None = None
+    size: tuple[int, int] | None = (13, 12)
+    relu: bool = True
+    channels_last: bool = False
+    gradient_dtype: torch.dtype | None = None  # where it is not that of the activations
+    gpu_only: bool = False
+
+
+CAM_CASES = (
+    CAMCase("xgradcam", "xgradcam", batch=2),
+    CAMCase("xgradcam, 3 classes", "xgradcam", batch=2, classes=3, size=None),
+    CAMCase("xgradcam, channels_last", "xgradcam", channels=70, channels_last=True),
+    CAMCase("xgradcam, float32 gradients", "xgradcam", gradient_dtype=torch.float32),
+    CAMCase("xgradcam, large plane", "xgradcam", channels=3, height=70, width=61),
+    CAMCase("xgradcam, 1 x 1 map", "xgradcam", height=1, width=1, relu=False),
+    CAMCase("gradcam", "gradcam", relu=False),
+    CAMCase("gradcam++", "gradcam++", batch=2),
+    CAMCase("gradcam++, large plane", "gradcam++", channels=9, height=40, width=33, channels_last=True, size=(20, 70)),
+    CAMCase("hirescam", "hirescam", size=(3, 4)),
+    CAMCase("layercam", "layercam", channels=3),
+    CAMCase("elementwise", "elementwise", channels=3, height=70, width=61, size=None),
+    CAMCase("ResNet-50", "xgradcam", batch=8, channels=2048, height=7, width=7, size=(224, 224), gpu_only=True),
+    CAMCase("VGG-16", "xgradcam", batch=8, channels=512, height=14, width=14, size=(224, 224), gpu_only=True),
+)
+
+
+def inputs(operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
     """Random arguments of an operator by name, and `grad_output`."""
     generator = torch.Generator().manual_seed(0)
+    if isinstance(case, CAMCase):
+        return _cam_inputs(case, dtype, device, generator)
     n, h, w, s, g = case.batch, case.height, case.width, case.scale_factor, case.groups
     taps = g * case.kernel_size**2
     kernel_dtype = case.kernel_dtype or dtype
@@ -83,8 +123,30 @@ def inputs(operator: str, case: Case, dtype: torch.dtype, device: str | torch.de
     return {"features": features, "masks": masks, "grad_output": draw(case.channels, s * h, s * w, dtype)}
 
 
-def function(operator: str, case: Case, *, eager: bool) -> Callable[..., Tensor]:
+def _cam_inputs(
+    case: CAMCase, dtype: torch.dtype, device: str | torch.device, generator: torch.Generator
+) -> dict[str, Tensor]:
+    n, c, h, w = case.batch, case.channels, case.height, case.width
+    maps = (n,) if case.classes is None else (n, case.classes)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    activations, gradients = draw(n, c, h, w).relu(), draw(*maps, c, h, w)
+    if case.channels_last:
+        activations, gradients = (x.movedim(-3, -1).contiguous().movedim(-1, -3) for x in (activations, gradients))
+    return {
+        "activations": activations.to(device, dtype),
+        "gradients": gradients.to(device, case.gradient_dtype or dtype),
+        "grad_output": draw(*maps, *(case.size or (h, w))).to(device, torch.promote_types(dtype, torch.float32)),
+    }
+
+
+def function(operator: str, case: Case | CAMCase, *, eager: bool) -> Callable[..., Tensor]:
     """The operator, or its eager twin, as a function of its tensors."""
+    if isinstance(case, CAMCase):
+        cam = reference.class_activation_map if eager else class_activation_map
+        return lambda *tensors: cam(*tensors, method=case.method, relu=case.relu, size=case.size)
     s, k, g = case.scale_factor, case.kernel_size, case.groups
     if operator == "carafe":
         call = reference.carafe if eager else carafe
@@ -114,7 +176,9 @@ class Comparison:
         return self.kernel <= self.bound  # False for NaN
 
 
-def compare(operator: str, case: Case, dtype: torch.dtype, device: str | torch.device) -> dict[str, Comparison]:
+def compare(
+    operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Comparison]:
     """Errors of output and gradients, by name."""
     arguments = inputs(operator, case, dtype, device)
     exact = {name: value.double() for name, value in arguments.items()}
@@ -134,17 +198,19 @@ def compare(operator: str, case: Case, dtype: torch.dtype, device: str | torch.d
     return comparisons
 
 
-def applies(case: Case, operator: str, dtype: torch.dtype) -> bool:
-    """Whether a case of mixed types is one for this operator and type of features."""
+def applies(case: Case | CAMCase, operator: str, dtype: torch.dtype) -> bool:
+    """Whether a case of mixed types is one for this operator and type of features or activations."""
+    if isinstance(case, CAMCase):
+        return case.gradient_dtype is None or dtype not in (torch.float64, case.gradient_dtype)
     if case.kernel_dtype is None:
         return True
     return operator != "expand_kernels" and dtype not in (torch.float64, case.kernel_dtype)
 
 
-def rows(device: str | torch.device) -> Iterator[tuple[str, torch.dtype, Case, dict[str, Comparison]]]:
-    for operator in OPERATORS:
+def rows(device: str | torch.device) -> Iterator[tuple[str, torch.dtype, Case | CAMCase, dict[str, Comparison]]]:
+    for operator in (*OPERATORS, CAM):
         for dtype in DTYPES:
-            for case in CASES:
+            for case in CAM_CASES if operator == CAM else CASES:
                 if case.gpu_only and torch.device(device).type == "cpu":
                     continue
                 if applies(case, operator, dtype):
@@ -158,8 +224,9 @@ def run() -> int:
     print(f"{where}, torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}")
     print("Largest absolute error against float64, kernel / eager in the same dtype.")
     print("Bound: twice eager's, plus a few roundings of the largest value.\n")
-    columns = ("output", "features", "kernel_space or masks", "offsets")
-    print(f"{'operator':15}{'dtype':10}{'case':26}" + "".join(f"{column:23}" for column in columns))
+    columns = ("output", "features or activations", "kernel_space or masks or gradients", "offsets")
+    headings = ("output", "features, activations", "kernels, gradients", "offsets")
+    print(f"{'operator':22}{'dtype':10}{'case':29}" + "".join(f"{heading:23}" for heading in headings))
     start, checked, failed = time.perf_counter(), 0, 0
     for operator, dtype, case, comparisons in rows(device):
         cells = []
@@ -168,7 +235,7 @@ def run() -> int:
             cells.append("".join(f"{c.kernel:.1e} / {c.eager:.1e}{'' if c.passed else ' FAIL'}" for c in found))
             checked += len(found)
             failed += sum(not c.passed for c in found)
-        line = f"{operator:15}{str(dtype).removeprefix('torch.'):10}{case.name:26}"
+        line = f"{operator:22}{str(dtype).removeprefix('torch.'):10}{case.name:29}"
         print((line + "".join(f"{cell:23}" for cell in cells)).rstrip(), flush=True)
     verdict = "all within bounds" if not failed else f"{failed} PAST THEIR BOUND"
     print(f"\n{checked} results checked in {time.perf_counter() - start:.0f} s: {verdict}")

@@ -5,13 +5,25 @@ built: reassembly is k*k shifted multiply-adds, so memory stays at a few times o
 sums run in float32 at least; masks and output are rounded to half precision once each.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
 
-__all__ = ["carafe", "dlu_upsample", "expand_kernels"]
+__all__ = [
+    "CAMParts",
+    "carafe",
+    "class_activation_map",
+    "class_activation_parts",
+    "dlu_upsample",
+    "expand_kernels",
+    "weighted_activation_map",
+    "xgrad_cam",
+]
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -73,6 +85,131 @@ def dlu_upsample(
     _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     return carafe(features, masks, kernel_size, groups, scale_factor)
+
+
+class CAMParts(NamedTuple):
+    """Class activation maps and what their pass over the activations knows besides; K only for K maps an image."""
+
+    map: Tensor  # (N, [K,] H, W)
+    raw: Tensor  # (N, [K,] h, w), signed: before ReLU, resize and normalisation
+    weights: Tensor | None  # (N, [K,] C); None for methods that weigh every pixel
+    contributions: Tensor  # (N, [K,] C), the sum over the pixels of each channel's share of `raw`
+    cancellation: Tensor  # (N, C), |sum of A| / sum of |A|: 1 without cancellation (and for a dead channel), 0 in full
+
+
+def class_activation_parts(
+    activations: Tensor,
+    gradients: Tensor,
+    method: str = "xgradcam",
+    eps: float = 1e-6,
+    relu: bool = True,
+    size: int | tuple[int, int] | None = None,
+    normalize: bool = False,
+) -> CAMParts:
+    """See `dlu_triton.class_activation_parts`."""
+    _checks.class_activation_map(activations, gradients, method, eps, size)
+    wide = _wide(activations.dtype)
+    a = activations.to(wide).unsqueeze(1)  # (N, 1, C, h, w)
+    g = (gradients.unsqueeze(1) if gradients.dim() == 4 else gradients).to(wide)  # (N, K, C, h, w)
+    total = a.sum((3, 4))  # (N, 1, C)
+    weights = None
+    if method in _checks.WEIGHING_METHODS:
+        weights = _channel_weights(a, g, total, method, eps)  # (N, K, C)
+        raw = _weighted_sum(activations, weights)
+        contributions = weights * total
+    else:
+        shares = {"hirescam": g * a, "layercam": g.relu() * a, "elementwise": (g * a).relu()}[method]
+        raw, contributions = shares.sum(2), shares.sum((3, 4))
+    magnitude = a.abs().sum((3, 4))
+    cancellation = torch.where(magnitude == 0, 1, _ratio(total.abs(), magnitude)).squeeze(1)
+    parts = CAMParts(_finish(raw, relu, size, normalize), raw, weights, contributions, cancellation)
+    return parts if gradients.dim() == 5 else one_map(parts)
+
+
+def class_activation_map(
+    activations: Tensor,
+    gradients: Tensor,
+    method: str = "xgradcam",
+    eps: float = 1e-6,
+    relu: bool = True,
+    size: int | tuple[int, int] | None = None,
+    normalize: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `dlu_triton.class_activation_map`."""
+    _checks.class_activation_map(activations, gradients, method, eps, size, return_weights)
+    parts = class_activation_parts(activations, gradients, method, eps, relu, size, normalize)
+    return (parts.map, parts.weights) if return_weights else parts.map
+
+
+def xgrad_cam(
+    activations: Tensor,
+    gradients: Tensor,
+    eps: float = 1e-6,
+    relu: bool = True,
+    size: int | tuple[int, int] | None = None,
+    normalize: bool = False,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `dlu_triton.xgrad_cam`."""
+    return class_activation_map(activations, gradients, "xgradcam", eps, relu, size, normalize, return_weights)
+
+
+def weighted_activation_map(
+    activations: Tensor,
+    weights: Tensor,
+    relu: bool = True,
+    size: int | tuple[int, int] | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """See `dlu_triton.weighted_activation_map`."""
+    _checks.weighted_activation_map(activations, weights, size)
+    raw = _weighted_sum(activations, weights.unsqueeze(1) if weights.dim() == 2 else weights)
+    cam = _finish(raw, relu, size, normalize)
+    return cam if weights.dim() == 3 else cam.squeeze(1)
+
+
+def one_map(parts: CAMParts) -> CAMParts:
+    """(N, 1, ...) -> (N, ...)"""
+    weights = None if parts.weights is None else parts.weights.squeeze(1)
+    return CAMParts(
+        parts.map.squeeze(1), parts.raw.squeeze(1), weights, parts.contributions.squeeze(1), parts.cancellation
+    )
+
+
+def _channel_weights(a: Tensor, g: Tensor, total: Tensor, method: str, eps: float) -> Tensor:
+    """(N, 1, C, h, w), (N, K, C, h, w), (N, 1, C) -> (N, K, C)"""
+    if method == "xgradcam":
+        return _ratio((g * a).sum((3, 4)), total + eps)
+    if method == "gradcam":
+        return g.mean((3, 4))
+    square = g * g
+    return (g.relu() * _ratio(square, 2 * square + total[..., None, None] * square * g + eps)).sum((3, 4))
+
+
+def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the channels of weights (N, K, C) times activations (N, C, h, w): (N, K, h, w)."""
+    wide = _wide(activations.dtype)
+    return (weights.to(wide) @ activations.to(wide).flatten(2)).unflatten(2, activations.shape[2:])
+
+
+def _finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normalize: bool) -> Tensor:
+    """ReLU, bilinear resize with half-pixel centres, then (map - min) / (max - min), and zeros where max = min."""
+    cam = raw.relu() if relu else raw
+    constant = cam.amin((2, 3), keepdim=True) == cam.amax((2, 3), keepdim=True)  # exactly, unlike a resized constant
+    if size is not None:
+        flat = cam.flatten(0, 1).unsqueeze(1)
+        flat = F.interpolate(flat, size=_checks.map_size(size), mode="bilinear", align_corners=False)
+        cam = flat.squeeze(1).unflatten(0, raw.shape[:2])
+    if normalize:
+        low, high = cam.amin((2, 3), keepdim=True), cam.amax((2, 3), keepdim=True)
+        cam = _ratio(cam - low, (high - low).masked_fill(constant, 0))
+    return cam
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and zero where the denominator is zero; so is its gradient there."""
+    return numerator / denominator.masked_fill(denominator == 0, math.inf)
 
 
 def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -76,9 +77,28 @@ CORNERS = [
     (torch.float64, "contiguous", 3, 7, 2, 64),
 ]
 
+# dtype, layout, classes, channels, height, width of class activation maps
+CAM_TYPICAL = [
+    (torch.bfloat16, "contiguous", None, 2048, 7, 7),
+    (torch.float32, "channels_last", 3, 512, 14, 14),
+    (torch.bfloat16, "contiguous", None, 64, 112, 112),
+]
+CAM_CORNERS = [
+    (torch.float16, "tokens", None, 384, 16, 16),
+    (torch.float32, "mixed", None, 256, 56, 56),
+    (torch.float64, "contiguous", None, 64, 20, 30),
+    (torch.float32, "cropped", 2, 33, 9, 13),
+    (torch.float32, "channels_last", None, 256, 56, 56),
+    (torch.bfloat16, "mixed", None, 2048, 7, 7),
+    (torch.float64, "channels_last", None, 64, 100, 100),
+    (torch.float32, "contiguous", None, 3, 1, 1),
+    (torch.bfloat16, "channels_last", None, 1024, 14, 14),
+    (torch.float64, "cropped", None, 30, 64, 63),
+]
 
-def launch(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
-    """Every operator, forward and backward, on meta tensors."""
+
+def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
+    """Every upsampling operator, forward and backward, on meta tensors."""
     from dlu_triton.ops import carafe, dlu
 
     def meta(c, h, w, dtype=dtype):
@@ -97,6 +117,36 @@ def launch(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
     dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
     dlu.expand_kernels_op._init_fn(space, offsets, s, k, g)
     dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, s, k, g, True, True)
+
+
+def launch_cam(dtype, layout, classes, channels, height, width) -> None:
+    """Every method on meta tensors; with and without what is known of the channels, resize and normalisation."""
+    from dlu_triton import _checks
+    from dlu_triton.ops import cam
+
+    def meta(layout):
+        if layout == "tokens":
+            tokens = torch.empty(2, 1 + height * width, channels, dtype=dtype, device="meta")
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (height, width))
+        if layout == "cropped":
+            return torch.empty(2, channels, height, width + 2, dtype=dtype, device="meta")[..., 1:-1]
+        plane = torch.empty(2, channels, height, width, dtype=dtype, device="meta")
+        return plane.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else plane
+
+    activations = meta("channels_last" if layout == "mixed" else layout)
+    gradients = meta("contiguous" if layout == "mixed" else layout)
+    gradients = gradients.unsqueeze(1).expand(-1, classes or 1, -1, -1, -1)
+    weights = torch.empty(2, classes or 1, channels, dtype=dtype, device="meta")
+    calls = [(method, (224, 224), True, True) for method in _checks.CAM_METHODS]
+    for method, size, normalize, wants_channels in (
+        *calls,
+        ("xgradcam", None, False, False),
+        ("hirescam", (96, 96), False, False),
+    ):
+        cam.class_activation_map_op._init_fn(
+            activations, gradients, method, 1e-6, True, size, normalize, wants_channels
+        )
+    cam.weighted_activation_map_op._init_fn(activations, weights, False, (224, 224), False)
 
 
 def resources(kernel, target: GPUTarget) -> dict:
@@ -123,7 +173,7 @@ def resources(kernel, target: GPUTarget) -> dict:
     return usage
 
 
-def compile_case(target: GPUTarget, case: tuple) -> list[dict]:
+def compile_case(target: GPUTarget, launch: Callable[..., None], case: tuple) -> list[dict]:
     """Resources of every kernel that one case launches."""
     triton.runtime.driver.set_active(StubDriver(target))
     torch.version.hip = "stub" if target.backend == "hip" else None  # as `_launch` tells them apart
@@ -140,7 +190,7 @@ def compile_case(target: GPUTarget, case: tuple) -> list[dict]:
         launch(*case)
     finally:
         JITFunction.run = run
-    name = "{} {} scale={} kernel={} groups={} channels={}".format(str(case[0]).removeprefix("torch."), *case[1:])
+    name = " ".join(str(part).removeprefix("torch.") for part in case)
     rows, seen = [], set()
     for kernel_name, kernel in compiled:
         if kernel.hash not in seen:
@@ -162,13 +212,17 @@ def main() -> None:
     for name in options.targets:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
-        if options.corners:
-            cases = TYPICAL + CORNERS
-        elif name == options.targets[0]:
-            cases = TYPICAL + CORNERS[::2]
-        else:
-            cases = TYPICAL if backend == "cuda" else TYPICAL[::3]
-        jobs += [(target, case) for case in cases]
+        for launch, typical, corners in (
+            (launch_upsampling, TYPICAL, CORNERS),
+            (launch_cam, CAM_TYPICAL, CAM_CORNERS),
+        ):
+            if options.corners:
+                cases = typical + corners
+            elif name == options.targets[0]:
+                cases = typical + corners[::2]
+            else:
+                cases = typical if backend == "cuda" else typical[::3]
+            jobs += [(target, launch, case) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
             for row in rows:

@@ -131,3 +131,77 @@ def test_modules(module, arguments, message):
 def test_carafe_module(arguments):
     with pytest.raises(ValueError, match="must be"):
         dlu_triton.CARAFE(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Class activation maps
+# ---------------------------------------------------------------------------------------------------------------
+
+# what replaces an argument of class_activation_map(activations (2, 3, 4, 5), gradients (2, 3, 4, 5)), error, message
+CAMS = [
+    ({"method": "gradcampp"}, ValueError, "method must be one of xgradcam, gradcam, gradcam++, hirescam, layercam, elementwise, got 'gradcampp'"),
+    ({"method": None}, ValueError, "method must be one of"),
+    ({"eps": -1e-6}, ValueError, "eps must be finite and at least 0, got -1e-06"),
+    ({"eps": float("nan")}, ValueError, "eps must be finite and at least 0, got nan"),
+    ({"eps": "1"}, TypeError, "eps must be a number, got '1' of type str"),
+    ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+    ({"size": (4, -1)}, ValueError, "size must be at least 1, got -1"),
+    ({"size": (4, 5, 6)}, ValueError, "size must be an integer or a pair (height, width), got (4, 5, 6)"),
+    ({"size": 2.5}, TypeError, "size must be an integer, got 2.5 of type float"),
+    ({"size": (4, None)}, TypeError, "size must be an integer, got None of type NoneType"),
+    ({"method": "hirescam", "return_weights": True}, ValueError, "return_weights must be False for hirescam, which has no channel weights, got True"),
+    ({"activations": lambda a: a.flatten(2).transpose(1, 2)}, ValueError, "activations must have 4 dimensions (N, C, H, W); view tokens (N, T, C) as tokens[:, -H * W:].transpose(1, 2).unflatten(2, (H, W)), got shape (2, 20, 3)"),
+    ({"activations": lambda a: a[0, 0]}, ValueError, "activations must have 4 dimensions (N, C, H, W), got shape (4, 5)"),
+    ({"activations": lambda a: a[:, :0]}, ValueError, "activations must have no empty dimension but the batch, got shape (2, 0, 4, 5)"),
+    ({"activations": lambda a: a.int()}, TypeError, "activations must be float16, bfloat16, float32 or float64, got torch.int32"),
+    ({"activations": lambda a: None}, TypeError, "activations must be a tensor, got NoneType"),
+    ({"gradients": lambda g: g[:1]}, ValueError, "gradients must have shape (N, C, H, W), or (N, K, C, H, W) for K maps, = (2, 3, 4, 5), got (1, 3, 4, 5)"),
+    ({"gradients": lambda g: g.unsqueeze(1)[:, :, :2]}, ValueError, "gradients must have shape (N, K, C, H, W) = (2, 1, 3, 4, 5), got (2, 1, 2, 4, 5)"),
+    ({"gradients": lambda g: g.unsqueeze(1)[:, :0]}, ValueError, "for K maps, = (2, 3, 4, 5), got (2, 0, 3, 4, 5)"),
+    ({"gradients": lambda g: g.double()}, TypeError, "gradients must be float64 exactly when activations is: activations torch.float32, got torch.float64"),
+    ({"gradients": lambda g: g.bool()}, TypeError, "gradients must be float16, bfloat16, float32 or float64, got torch.bool"),
+    ({"gradients": lambda g: g.to("meta")}, ValueError, "gradients must be on the device of activations, "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize(("changes", "error", "message"), CAMS)
+def test_class_activation_map(changes, error, message, library, device):
+    arguments = {
+        "activations": torch.zeros(2, 3, 4, 5, device=device),
+        "gradients": torch.ones(2, 3, 4, 5, device=device),
+    }
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    with pytest.raises(error, match=re.escape(message)):
+        library.class_activation_map(**arguments)
+    if "return_weights" not in changes:
+        with pytest.raises(error, match=re.escape(message)):
+            library.class_activation_parts(**arguments)
+
+
+WEIGHTS = [
+    (lambda w: w[:, :2], ValueError, "weights must have shape (N, C), or (N, K, C) for K maps, = (2, 3), got (2, 2)"),
+    (lambda w: w.unsqueeze(1)[..., :2], ValueError, "weights must have shape (N, K, C) = (2, 1, 3), got (2, 1, 2)"),
+    (lambda w: w[0], ValueError, "weights must have shape (N, C), or (N, K, C) for K maps, = (2, 3), got (3,)"),
+    (lambda w: w.long(), TypeError, "weights must be float16, bfloat16, float32 or float64, got torch.int64"),
+    (lambda w: [1, 2, 3], TypeError, "weights must be a tensor, got list"),
+    (lambda w: w.double(), TypeError, "weights must be float64 exactly when activations is"),
+]
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+@pytest.mark.parametrize(("change", "error", "message"), WEIGHTS)
+def test_weighted_activation_map(change, error, message, library, device):
+    with pytest.raises(error, match=re.escape(message)):
+        library.weighted_activation_map(torch.zeros(2, 3, 4, 5, device=device), change(torch.ones(2, 3, device=device)))
+
+
+def test_a_device_without_kernels_is_refused_for_maps():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("xpu")
+
+    a, w = (torch.zeros(shape).as_subclass(Elsewhere) for shape in ((1, 1, 1, 1), (1, 1)))
+    for call in (lambda: dlu_triton.xgrad_cam(a, a), lambda: dlu_triton.weighted_activation_map(a, w)):
+        with pytest.raises(ValueError, match="activations must be on a cuda or cpu device, got xpu"):
+            call()

@@ -19,19 +19,21 @@ def run(*arguments, interpret=None):
 
 
 FEW_CASES = (_verify.Case("small", channels=2, height=2, width=3, kernel_size=3),)
+FEW_CAM_CASES = (_verify.CAMCase("small", "xgradcam", channels=2, height=2, width=3),)
 
 
 def test_verify_passes_and_says_what_ran(monkeypatch, capsys):
     monkeypatch.setattr(_verify, "CASES", FEW_CASES)
+    monkeypatch.setattr(_verify, "CAM_CASES", FEW_CAM_CASES)
     assert __main__.main(["verify"]) == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
     assert "Triton 3." in printed
     assert ("interpreter" in printed) != torch.cuda.is_available()
-    for operator in _verify.OPERATORS:
+    for operator in (*_verify.OPERATORS, _verify.CAM):
         for dtype in ("float64", "float32", "float16", "bfloat16"):
             assert any(line.split()[:3] == [operator, dtype, "small"] for line in printed.splitlines())
-    assert "40 results checked" in printed
+    assert "52 results checked" in printed
     assert "all within bounds" in printed
     assert "FAIL" not in printed
 
@@ -46,6 +48,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_verify_fails_on_a_wrong_operator(wrong, monkeypatch, capsys):
     monkeypatch.setattr(_verify, "CASES", FEW_CASES)
+    monkeypatch.setattr(_verify, "CAM_CASES", ())
     right = _verify.carafe
     monkeypatch.setattr(_verify, "carafe", lambda *arguments: WRONG[wrong](right(*arguments)))
     assert __main__.main(["verify"]) == 1

@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = {
     "softmax_forward", "softmax_backward", "sample_forward", "sample_backward",
     "reassemble_forward", "reassemble_backward_features", "reassemble_backward_kernels",
+    "cam_partial_maps", "cam_channels", "cam_finish",
 }  # fmt: skip
 # Bytes of shared memory that one block may have; sm_86 and sm_89, which run sm_80 code, have 99 KB of it.
 SHARED = {"cuda:90": 227 * 1024, "cuda:80": 99 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}

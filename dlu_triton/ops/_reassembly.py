@@ -22,7 +22,7 @@ def forward(
     tile = _launch.output_tile(scale_factor, kernel_size, features.dtype.itemsize)
     tiles_h, tiles_w = _tiles(output, tile)
     block = _launch.channel_block(features.dtype, c // groups)
-    slices, per_program = _launch.channel_slices(n * tiles_h * tiles_w * groups, c // groups, block)
+    slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
     with torch.cuda.device_of(features):
         _kernels.reassemble_forward[(n * tiles_h * tiles_w * groups * slices,)](
             *_launch.pointer_and_strides(features, 4),

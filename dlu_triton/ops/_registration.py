@@ -1,7 +1,7 @@
 """What the registered operators share: joining an op with its backward op, and the alert about atomics."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,44 @@ def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
         wanted = ctx.needs_input_grad[:tensors]
         gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
         return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]], *, tensors: int) -> None:
+    """Give an op on `tensors` tensors the derivatives, of any order, of an eager twin with the same arguments.
+
+    For ops whose derivative is asked for rarely: the backward runs the twin again. Outputs that the twin returns as
+    None have no derivative.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.others = inputs[tensors:]
+
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # a derivative of this one is wanted
+        wanted = ctx.needs_input_grad[:tensors]
+        with torch.enable_grad():
+            inputs = [
+                tensor.view_as(tensor) if again else tensor.detach().requires_grad_(want)
+                for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            outputs = zip(twin(*inputs, *ctx.others), grad_outputs, strict=True)
+            pairs = [(output, grad) for output, grad in outputs if output is not None and grad is not None]
+        if not pairs:
+            return (None,) * (tensors + len(ctx.others))
+        gradients = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
+                [grad for _, grad in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.others)
 
     op.register_autograd(backward, setup_context=setup_context)
 

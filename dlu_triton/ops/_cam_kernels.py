@@ -1,0 +1,294 @@
+"""Device code of the class activation maps.
+
+`cam_partial_maps` reads both planes of some channels once, weighs the channels, and adds their weighted planes up;
+`cam_finish` adds these partial maps in a fixed order, then ReLU, resize and normalisation. Where a plane does not fit
+one program, `cam_channels` finds the weights in a launch of its own before them.
+"""
+
+import triton
+import triton.language as tl
+
+# Sizes that vary from call to call select no new compilation by themselves.
+_SIZES = [
+    "channels", "pixels", "width_a", "width_g", "classes", "tiles", "slices", "channels_per_program",
+    "height", "width", "out_height", "out_width", "outputs_per_program",
+]  # fmt: skip
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x < 0, 0.0, x)  # keeps NaN
+
+
+@triton.jit
+def _ratio(numerator, denominator):
+    """The quotient, and zero where the denominator is zero."""
+    return tl.where(denominator == 0, 0.0, numerator / tl.where(denominator == 0, 1.0, denominator))
+
+
+@triton.jit
+def _pixel_offsets(pixels, width, stride_h, stride_w):
+    """A plane whose rows follow each other is one run of pixels, and has no `stride_h`."""
+    if stride_h is None:
+        return pixels.to(tl.int64) * stride_w
+    else:
+        return (pixels // width).to(tl.int64) * stride_h + (pixels % width).to(tl.int64) * stride_w
+
+
+@triton.jit
+def _load_planes(plane_ptr, stride_c, offsets, channel, channels, valid, ACC: tl.constexpr):
+    mask = (channel < channels)[:, None] & valid[None, :]
+    ptrs = plane_ptr + channel.to(tl.int64)[:, None] * stride_c + offsets[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)  # [C, P]
+
+
+@triton.jit
+def _terms(a, g, total, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
+    """What is summed over a plane: for the weight of its channel, or the shares of its pixels in the map. [C, P]"""
+    if METHOD == "gradcam":
+        return g
+    elif METHOD == "gradcam++":
+        square = g * g
+        return _relu(g) * _ratio(square, 2 * square + total[:, None] * square * g + tl.full([], EPS, ACC))
+    elif METHOD == "layercam":
+        return _relu(g) * a
+    elif METHOD == "elementwise":
+        return _relu(g * a)
+    else:
+        return g * a
+
+
+@triton.jit
+def _weight(summed, total, pixels, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Weights of the channels, from the terms summed over each plane and the sums of the activations. [C]"""
+    if METHOD == "gradcam":
+        return summed / pixels.to(ACC)
+    elif METHOD == "xgradcam":
+        return _ratio(summed, total + tl.full([], EPS, ACC))
+    else:
+        return summed
+
+
+@triton.jit
+def _store_channels(
+    weights_ptr, contributions_ptr, cancellation_ptr, image, k, classes, channel, channels,
+    weight, contribution, total, magnitude, WEIGHS: tl.constexpr,
+):  # fmt: skip
+    """All three are contiguous: (N, K, C), (N, K, C) and (N, C)."""
+    inside = channel < channels
+    place = (image * classes + k) * channels + channel
+    if WEIGHS:
+        tl.store(weights_ptr + place, weight, mask=inside)
+    tl.store(contributions_ptr + place, contribution, mask=inside)
+    cancellation = tl.where(magnitude == 0, 1.0, _ratio(tl.abs(total), magnitude))
+    tl.store(cancellation_ptr + image * channels + channel, cancellation, mask=inside & (k == 0))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cam_partial_maps(
+    activations_ptr, stride_an, stride_ac, stride_ah, stride_aw, width_a,
+    gradients_ptr, stride_gn, stride_gk, stride_gc, stride_gh, stride_gw, width_g,
+    given_ptr, stride_wn, stride_wk, stride_wc,
+    weights_ptr, contributions_ptr, cancellation_ptr, partials_ptr,
+    channels, pixels, classes, tiles, slices, channels_per_program,
+    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Add up the weighted planes of a slice of the channels, at one tile of pixels: (N, K, slices, pixels).
+
+    `given_ptr` holds weights of the caller; else they come from the gradients, and the tile is the whole plane unless
+    the method weighs every pixel by itself. The classes of an image are neighbours, so that they share its activations
+    in the cache.
+    """
+    program = tl.program_id(0)
+    k = program % classes
+    channel_slice = program // classes % slices
+    tile = program // classes // slices % tiles
+    image = (program // classes // slices // tiles).to(tl.int64)
+
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
+    valid = p < pixels
+    activation_offsets = _pixel_offsets(p, width_a, stride_ah, stride_aw)  # [P]
+    gradient_offsets = _pixel_offsets(p, width_g, stride_gh, stride_gw)  # [P]
+    activations_ptr += image * stride_an
+    if gradients_ptr is not None:
+        gradients_ptr += image * stride_gn + k.to(tl.int64) * stride_gk
+
+    summed = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    start = channel_slice * channels_per_program
+    for first in range(start, min(start + channels_per_program, channels), BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)  # [C]
+        a = _load_planes(activations_ptr, stride_ac, activation_offsets, channel, channels, valid, ACC)
+        if given_ptr is not None:
+            weight_ptrs = given_ptr + image * stride_wn + k.to(tl.int64) * stride_wk + channel.to(tl.int64) * stride_wc
+            weight = tl.load(weight_ptrs, mask=channel < channels, other=0.0).to(ACC)
+            summed += weight[:, None] * a
+        else:
+            g = _load_planes(gradients_ptr, stride_gc, gradient_offsets, channel, channels, valid, ACC)
+            total = tl.sum(a, 1)  # [C]
+            terms = _terms(a, g, total, METHOD, EPS, ACC)
+            contribution = tl.sum(terms, 1)
+            weight = contribution
+            if WEIGHS:
+                weight = _weight(contribution, total, pixels, METHOD, EPS, ACC)
+                contribution = weight * total
+                terms = weight[:, None] * a
+            summed += terms
+            if contributions_ptr is not None:
+                _store_channels(
+                    weights_ptr, contributions_ptr, cancellation_ptr, image, k, classes, channel, channels,
+                    weight, contribution, total, tl.sum(tl.abs(a), 1), WEIGHS,
+                )  # fmt: skip
+    partial = ((image * classes + k) * slices + channel_slice) * pixels
+    tl.store(partials_ptr + partial + p, tl.sum(summed, 0), mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cam_channels(
+    activations_ptr, stride_an, stride_ac, stride_ah, stride_aw, width_a,
+    gradients_ptr, stride_gn, stride_gk, stride_gc, stride_gh, stride_gw, width_g,
+    weights_ptr, contributions_ptr, cancellation_ptr,
+    channels, pixels, classes, slices,
+    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Weights, contributions and cancellation of BLOCK_C channels whose planes are too large for one program."""
+    program = tl.program_id(0)
+    k = program % classes
+    channel = program // classes % slices * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
+    image = (program // classes // slices).to(tl.int64)
+    activations_ptr += image * stride_an
+    gradients_ptr += image * stride_gn + k.to(tl.int64) * stride_gk
+
+    total = tl.zeros([BLOCK_C], ACC)
+    if METHOD == "gradcam++":  # its terms need the sum over the whole plane
+        sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        for first in range(0, pixels, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)  # [P]
+            offsets = _pixel_offsets(p, width_a, stride_ah, stride_aw)
+            sums += _load_planes(activations_ptr, stride_ac, offsets, channel, channels, p < pixels, ACC)
+        total = tl.sum(sums, 1)
+    sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    magnitudes = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    summed = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+    for first in range(0, pixels, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)  # [P]
+        offsets = _pixel_offsets(p, width_a, stride_ah, stride_aw)
+        a = _load_planes(activations_ptr, stride_ac, offsets, channel, channels, p < pixels, ACC)
+        offsets = _pixel_offsets(p, width_g, stride_gh, stride_gw)
+        g = _load_planes(gradients_ptr, stride_gc, offsets, channel, channels, p < pixels, ACC)
+        sums += a
+        magnitudes += tl.abs(a)
+        summed += _terms(a, g, total, METHOD, EPS, ACC)
+    total = tl.sum(sums, 1)
+    contribution = tl.sum(summed, 1)
+    weight = contribution
+    if WEIGHS:
+        weight = _weight(contribution, total, pixels, METHOD, EPS, ACC)
+        contribution = weight * total
+    _store_channels(
+        weights_ptr, contributions_ptr, cancellation_ptr, image, k, classes, channel, channels,
+        weight, contribution, total, tl.sum(magnitudes, 1), WEIGHS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _divide(a, b, ACC: tl.constexpr):
+    """Correctly rounded: x / x is 1, and a resize to the same size is none."""
+    if ACC == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _source(i, size, out_size, ACC: tl.constexpr):
+    """Pixels below and above output i, and its fraction between them, with half-pixel centres as `F.interpolate`."""
+    scale = _divide(size.to(ACC), out_size.to(ACC), ACC)
+    position = tl.maximum(scale * (i.to(ACC) + 0.5) - 0.5, 0.0)
+    limit = size - 1
+    low = tl.minimum(position.to(tl.int32), limit)
+    return low, tl.minimum(low + 1, limit), position - low.to(ACC)
+
+
+@triton.jit
+def _load_raw(raw_ptr, y, x, width, valid, RELU: tl.constexpr):
+    raw = tl.load(raw_ptr + y.to(tl.int64) * width + x, mask=valid, other=0.0)
+    return _relu(raw) if RELU else raw
+
+
+@triton.jit
+def _output_pixels(
+    raw_ptr, index, valid, height, width, out_height, out_width,
+    RELU: tl.constexpr, RESIZE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Pixels of the map before its normalisation. [P]"""
+    y, x = index // out_width, index % out_width
+    if RESIZE:
+        y0, y1, fy = _source(y, height, out_height, ACC)
+        x0, x1, fx = _source(x, width, out_width, ACC)
+        above = _load_raw(raw_ptr, y0, x0, width, valid, RELU)
+        above += fx * (_load_raw(raw_ptr, y0, x1, width, valid, RELU) - above)  # in this form constants stay constant
+        below = _load_raw(raw_ptr, y1, x0, width, valid, RELU)
+        below += fx * (_load_raw(raw_ptr, y1, x1, width, valid, RELU) - below)
+        return above + fy * (below - above)
+    else:
+        return _load_raw(raw_ptr, y, x, width, valid, RELU)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cam_finish(
+    partials_ptr, raw_ptr, map_ptr,
+    slices, height, width, out_height, out_width, tiles, outputs_per_program,
+    RELU: tl.constexpr, RESIZE: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Partial maps -> raw map and map, of which a program writes `outputs_per_program` pixels.
+
+    Without `partials_ptr` the raw map is there already. Else a program adds up what it reads: with resize or
+    normalisation the whole raw map, of which all programs of a map then write the same values.
+    """
+    program = tl.program_id(0)
+    tile = program % tiles
+    cam = (program // tiles).to(tl.int64)
+    pixels, outputs = height * width, out_height * out_width
+    raw_ptr += cam * pixels
+    map_ptr += cam * outputs
+    start = tile * outputs_per_program
+    stop = min(start + outputs_per_program, outputs)
+
+    if partials_ptr is not None:
+        first_pixel, last_pixel = 0, pixels
+        if not (RESIZE or NORMALIZE):
+            first_pixel, last_pixel = start, stop
+        for first in range(first_pixel, last_pixel, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)  # [P]
+            raw = tl.zeros([BLOCK_P], ACC)
+            for first_slice in range(0, slices, BLOCK_S):
+                s = first_slice + tl.arange(0, BLOCK_S)  # [S]
+                mask = (s < slices)[:, None] & (p < last_pixel)[None, :]
+                ptrs = partials_ptr + (cam * slices + s)[:, None] * pixels + p[None, :]
+                raw += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+            tl.store(raw_ptr + p, raw, mask=p < last_pixel)
+        tl.debug_barrier()  # the raw map is read back below, by other threads of the program
+
+    if NORMALIZE:
+        lowest = tl.full([BLOCK_O], float("inf"), ACC)
+        highest = tl.full([BLOCK_O], float("-inf"), ACC)
+        unordered = tl.zeros([BLOCK_O], tl.int32)  # minimum and maximum drop NaN
+        for first in range(0, outputs, BLOCK_O):
+            index = first + tl.arange(0, BLOCK_O)  # [O]
+            valid = index < outputs
+            x = _output_pixels(raw_ptr, index, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+            unordered += (valid & (x != x)).to(tl.int32)
+            lowest = tl.minimum(lowest, tl.where(valid, x, float("inf")))
+            highest = tl.maximum(highest, tl.where(valid, x, float("-inf")))
+        low, high = tl.min(lowest, 0), tl.max(highest, 0)
+        span = tl.where(tl.max(unordered, 0) > 0, float("nan"), high - low)
+    for first in range(start, stop, BLOCK_O):
+        index = first + tl.arange(0, BLOCK_O)  # [O]
+        valid = index < stop
+        x = _output_pixels(raw_ptr, index, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+        if NORMALIZE:
+            x = tl.where(span == 0, 0.0, _divide(x - low, tl.where(span == 0, 1.0, span), ACC))
+        tl.store(map_ptr + index, x, mask=valid)
