@@ -1,6 +1,17 @@
 """DLU and CARAFE upsampling and class activation maps for PyTorch, as Triton kernels."""
 
-from . import reference
+from . import metrics, reference
+from .explain import (
+    AblationCAM,
+    Explanation,
+    FusedExplanation,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+    overlay,
+)
 from .modules import CARAFE, CARAFEPack, DLUPack
 from .ops.cam import class_activation_map, class_activation_parts, weighted_activation_map, xgrad_cam
 from .ops.carafe import carafe
@@ -10,14 +21,24 @@ from .reference import CAMParts
 __version__ = "0.1.0.dev0"
 __all__ = [
     "CARAFE",
+    "AblationCAM",
     "CAMParts",
     "CARAFEPack",
     "DLUPack",
+    "Explanation",
+    "FusedExplanation",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "HiResCAM",
+    "LayerCAM",
+    "XGradCAM",
     "carafe",
     "class_activation_map",
     "class_activation_parts",
     "dlu_upsample",
     "expand_kernels",
+    "metrics",
+    "overlay",
     "reference",
     "weighted_activation_map",
     "xgrad_cam",

@@ -1,0 +1,421 @@
+"""Running a user's model and reaching into it: activations, scores, gradients, ablations. No maps here.
+
+Hooks are removed whatever happens, `.grad`, training flags and the grad mode are left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+Target = int | Sequence[Any] | Tensor | Callable[[Any], Tensor] | None
+Layers = nn.Module | str | Sequence[nn.Module | str]
+Planes = Callable[[Tensor], Tensor]
+
+LAYOUTS = ("NCHW", "NHWC", "NTC")
+MOST_PREFIX_TOKENS = 16  # class and register tokens that are looked for
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers and inputs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+    """The layers by name, from modules of the model or their names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for layer in [layers] if isinstance(layers, nn.Module | str) else layers:
+        if isinstance(layer, str):
+            try:
+                found[layer] = model.get_submodule(layer)
+            except AttributeError as error:
+                raise ValueError(f"layers must name modules of the model, got {layer!r}: {error}") from None
+        elif isinstance(layer, nn.Module):
+            if id(layer) not in names:
+                raise ValueError(f"layers must be modules of the model, got a {type(layer).__name__} outside it")
+            found[names[id(layer)]] = layer
+        else:
+            raise TypeError(f"layers must be modules or their names, got {type(layer).__name__}")
+    if not found:
+        raise ValueError("layers must have at least one layer, got none")
+    return found
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, Sequence):
+        return model(*inputs)
+    raise TypeError(f"inputs must be a tensor, a sequence or a mapping of arguments, got {type(inputs).__name__}")
+
+
+def image_of(inputs: Inputs, index: int, batch: int) -> Inputs:
+    """The inputs of one image: of every tensor of `batch` images its own."""
+
+    def pick(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value[index : index + 1] if batched else value
+
+    return _map_inputs(pick, inputs)
+
+
+def repeated(inputs: Inputs, times: int) -> Inputs:
+    """The inputs of one image, as often as told."""
+
+    def repeat(value: Any) -> Any:
+        one = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
+        return value.expand(times, *value.shape[1:]) if one else value
+
+    return _map_inputs(repeat, inputs)
+
+
+def image_size(inputs: Inputs) -> tuple[int, int] | None:
+    """Height and width of the first batch of images among the inputs."""
+    for value in _values(inputs):
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value.shape[2], value.shape[3]
+    return None
+
+
+def _values(inputs: Inputs) -> Sequence[Any]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    return list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+
+
+def _map_inputs(function: Callable[[Any], Any], inputs: Inputs) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: function(value) for name, value in inputs.items()}
+    return [function(value) for value in inputs]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `hook(name, output)` after each module; what it returns goes on in place of the output."""
+
+    def after(name: str) -> Callable[..., Any]:
+        def call(module: nn.Module, arguments: Any, output: Any) -> Any:
+            several = isinstance(output, tuple | list) and len(output) > 0
+            tensor = output[0] if several else output
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise TypeError(
+                    f"layer {name!r} must return a floating-point tensor, or a tuple that starts with one, "
+                    f"got {type(tensor).__name__}"
+                )
+            changed = hook(name, tensor)
+            if changed is None or not several:
+                return changed
+            rest = (changed, *output[1:])
+            return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+        return call
+
+    handles = [module.register_forward_hook(after(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    """The model's output, with a graph that starts at the first of the layers, and the true output of each layer.
+
+    What precedes the first layer runs without a graph. A layer's output goes on as a copy, so that operations in
+    place after it change neither the activations nor where the gradient is taken.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "explaining needs gradients, which torch.inference_mode() rules out: leave it, or use torch.no_grad()"
+        )
+    captured: dict[str, Tensor] = {}
+
+    def capture(name: str, output: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)  # from here on, until `no_grad` below ends
+        captured[name] = output if output.requires_grad else output.detach().requires_grad_()
+        return captured[name].clone()
+
+    with hooked(layers, capture), torch.no_grad():
+        output = run(model, inputs)
+    for name in layers:
+        if name not in captured:
+            raise RuntimeError(
+                f"layer {name!r} did not run, or not in sight of hooks; of a compiled model, pass the original"
+            )
+    return output, captured
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores and gradients
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def logits_of(output: Any) -> Tensor:
+    """The output itself, or its `logits`."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "the model must return a tensor or have `logits` in its output, unless target is a callable, "
+            f"got {type(output).__name__}"
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which scores of an output are explained: classes by index, or functions of the output."""
+
+    indices: Tensor | None  # (N,) or (N, K), on the device of the output
+    functions: Callable[[Any], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
+
+    def of(self, output: Any, image: int | None = None) -> Tensor:
+        """(N,) or (N, K); with `image`, of an output all of whose rows belong to that image."""
+        if self.indices is not None:
+            logits = logits_of(output)
+            indices = self.indices
+            if image is not None:
+                indices = indices[image : image + 1].expand(len(logits), *indices.shape[1:])
+            if indices.dim() == 1:
+                return logits.gather(1, indices.unsqueeze(1)).squeeze(1)
+            return logits.gather(1, indices)
+        if callable(self.functions):
+            return self.functions(output)
+        logits = logits_of(output)
+        functions = self.functions if image is None else [self.functions[image]] * len(logits)
+        scores = [function(row) for function, row in zip(functions, logits, strict=True)]
+        return torch.stack([score.squeeze() for score in scores])
+
+
+def resolve(target: Target, output: Any, batch: int) -> Scores:
+    """Check the target against the output of a batch; indices in CUDA tensors are checked by the device, later."""
+    if callable(target):
+        return Scores(None, target)
+    if isinstance(target, Sequence) and not isinstance(target, str):
+        if len(target) != batch:
+            raise ValueError(f"target must have one entry for each of the {batch} images, got {len(target)}")
+        if all(callable(entry) for entry in target):
+            return Scores(None, list(target))
+    logits = logits_of(output)
+    if logits.dim() != 2 or logits.shape[0] != batch:
+        raise ValueError(
+            f"target must be a callable unless the model returns one row of class scores for each of the {batch} "
+            f"images, got output shape {tuple(logits.shape)}"
+        )
+    classes = logits.shape[1]
+    if target is None:
+        return Scores(logits.detach().argmax(1), None)
+    if isinstance(target, Sequence) and not isinstance(target, str):
+        try:
+            target = torch.tensor(target)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"target must be class indices or callables, got {target!r}: {error}") from None
+    if not isinstance(target, Tensor):
+        number = _checks.integer("target", target, 0, classes - 1)
+        return Scores(torch.full((batch,), number, device=logits.device), None)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold integers, got {target.dtype}")
+    if target.dim() not in (1, 2) or target.shape[0] != batch or 0 in target.shape[1:]:
+        raise ValueError(f"target must have shape (N,) or (N, K) with N = {batch}, got {tuple(target.shape)}")
+    if target.device.type == "cpu" and batch > 0:
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"target must be from 0 to {classes - 1}, got {low if low < 0 else high}")
+    return Scores(target.to(logits.device, torch.long, non_blocking=True), None)
+
+
+def checked_scores(scores: Tensor, batch: int) -> Tensor:
+    """(N,) or (N, K); a scalar is the score of a single image."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"target must return a tensor of scores, got {type(scores).__name__}")
+    if scores.dim() == 0 and batch == 1:
+        scores = scores.unsqueeze(0)
+    if scores.dim() not in (1, 2) or scores.shape[0] != batch or 0 in scores.shape[1:]:
+        raise ValueError(
+            f"target must return scores of shape (N,) or (N, K) with N = {batch}, got {tuple(scores.shape)}"
+        )
+    return scores
+
+
+def gradients(
+    scores: Tensor, tensors: Sequence[Tensor], chunk_size: int | None, *, unused_are_zero: bool = False
+) -> list[Tensor]:
+    """Gradients of (N,) scores like the tensors, or of (N, K) scores as (N, K, ...), `chunk_size` classes at a time."""
+    if not scores.requires_grad:
+        raise RuntimeError("the scores have no graph back to the layer: something after it detaches, or is no_grad")
+
+    def backward(upstream: Tensor, **options: bool) -> Sequence[Tensor]:
+        found = torch.autograd.grad(
+            scores, tensors, upstream, allow_unused=True, materialize_grads=unused_are_zero, **options
+        )
+        if any(gradient is None for gradient in found):
+            raise RuntimeError("the scores do not depend on the layer")
+        return found
+
+    if scores.dim() == 1:
+        return list(backward(torch.ones_like(scores)))
+    n, k = scores.shape
+    step = k if chunk_size is None else _checks.integer("chunk_size", chunk_size, 1)
+    classes = torch.eye(k, dtype=scores.dtype, device=scores.device).unsqueeze(1).expand(k, n, k)
+    chunks = []
+    for first in range(0, k, step):
+        upstream = classes[first : first + step]
+        again = first + step < k
+        if len(upstream) == 1:
+            chunks.append([found.unsqueeze(0) for found in backward(upstream[0], retain_graph=again)])
+            continue
+        try:
+            chunks.append(backward(upstream, retain_graph=again, is_grads_batched=True))
+        except RuntimeError as error:
+            error.add_note("dlu_triton: several classes take one batched backward; chunk_size=1 takes them one by one")
+            raise
+    return [torch.cat(parts).transpose(0, 1) for parts in zip(*chunks, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Planes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def planes(
+    shape: Sequence[int], image: tuple[int, int] | None, grid: tuple[int, int] | None, layout: str | None
+) -> Planes:
+    """How a layer's output is viewed as (..., C, h, w): convolutional maps, Swin's (N, h, w, C), or tokens (N, T, C).
+
+    Without `layout` a 4-dimensional output is taken as (N, h, w, C) where only that has the proportions of the image.
+    Tokens without `grid` are arranged in the proportions of the image, after the fewest leading tokens that allow it.
+    """
+    if layout is None:
+        layout = "NTC" if len(shape) == 3 else "NCHW"
+        if len(shape) == 4 and image is not None:
+            fits_last = _proportional(shape[1], shape[2], *image)
+            layout = "NHWC" if fits_last and not _proportional(shape[2], shape[3], *image) else "NCHW"
+    if len(shape) != len(layout):
+        raise ValueError(f"the layer's output must be {layout}, or (N, T, C) or (N, C, h, w), got shape {tuple(shape)}")
+    if layout == "NCHW":
+        return lambda x: x
+    if layout == "NHWC":
+        return lambda x: x.movedim(-1, -3)
+    h, w = grid or _token_grid(shape[1], image)
+    if h * w > shape[1]:
+        raise ValueError(f"grid must have at most as many places as there are tokens, {shape[1]}, got {(h, w)}")
+    return lambda x: x[..., shape[1] - h * w :, :].transpose(-1, -2).unflatten(-1, (h, w))
+
+
+def _proportional(h: int, w: int, height: int, width: int) -> bool:
+    """Whether an h x w map can be what strides left of the image, each side rounded up or down."""
+    return (h - 1) * width < (w + 1) * height and (w - 1) * height < (h + 1) * width
+
+
+def _token_grid(tokens: int, image: tuple[int, int] | None) -> tuple[int, int]:
+    height, width = image or (1, 1)
+    for places in range(tokens, max(tokens - MOST_PREFIX_TOKENS, 1) - 1, -1):
+        h = round((places * height / width) ** 0.5)
+        for rows in (h, h + 1, h - 1):
+            if rows > 0 and places % rows == 0:
+                columns = places // rows
+                # Square patches: as many pixels to a row as to a column.
+                if rows * width == columns * height:
+                    return rows, columns
+    raise ValueError(
+        f"grid must be given: {tokens} tokens do not fill a grid of the image's proportions {height} x {width} "
+        f"after up to {MOST_PREFIX_TOKENS} leading tokens"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ablation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def channel_drops(
+    model: nn.Module,
+    layer: Mapping[str, nn.Module],
+    inputs: Inputs,
+    target: Target,
+    view: Callable[[Sequence[int]], Planes],
+    *,
+    batch_size: int,
+    reuse_trunk: bool,
+    progress: bool,
+) -> tuple[Tensor, Tensor, Any, Scores, Tensor]:
+    """Drops (N, [K,] C), planes (N, C, h, w), output, scores' rule and scores, each channel really zeroed."""
+    kept: list[Tensor] = []
+
+    def keep(name: str, output: Tensor) -> Tensor:
+        kept.append(output)
+        return output.clone()
+
+    with hooked(layer, keep):
+        output = run(model, inputs)
+    if len(kept) != 1:
+        raise ValueError(f"the layer must run exactly once in a forward pass for ablation, ran {len(kept)} times")
+    batch = len(kept[0])
+    rule = resolve(target, output, batch)
+    scores = checked_scores(rule.of(output), batch)
+    as_planes = view(kept[0].shape)
+    activations = as_planes(kept[0])
+    channels = activations.shape[1]
+    after = scores.new_empty((*scores.shape, channels))
+    with _progress_bar(progress, batch * channels) as advance:
+        for image in range(batch):
+            one = image_of(inputs, image, batch)
+            for first in range(0, channels, batch_size):
+                zeroed = torch.arange(first, min(first + batch_size, channels), device=activations.device)
+                rows = len(zeroed)
+
+                def ablate(name: str, output: Tensor, zeroed: Tensor = zeroed) -> Tensor:
+                    output = output.expand(len(zeroed), *output.shape[1:]).clone()
+                    as_planes(output)[torch.arange(len(zeroed), device=zeroed.device), zeroed] = 0
+                    return output
+
+                try:
+                    with hooked(layer, ablate):
+                        ablated = rule.of(run(model, one if reuse_trunk else repeated(one, rows)), image)
+                        ablated = checked_scores(ablated, rows)
+                except (RuntimeError, ValueError) as error:
+                    if reuse_trunk:
+                        error.add_note(
+                            "dlu_triton: the layer's output was given to the rest of the model in batches, after one "
+                            "pass of its trunk; reuse_trunk=False repeats the inputs instead, for models that "
+                            "fix the batch size before the layer"
+                        )
+                    raise
+                after[image, ..., first : first + rows] = ablated.movedim(0, -1)
+                advance(rows)
+    return scores.unsqueeze(-1) - after, activations, output, rule, scores
+
+
+@contextmanager
+def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[int], Any]]:
+    if not wanted:
+        yield lambda steps: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(f'progress=True needs tqdm ({error}): pip install "dlu-triton[explain]"') from error
+    with tqdm(total=total, unit="channel", leave=False) as bar:
+        yield bar.update

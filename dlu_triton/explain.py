@@ -1,0 +1,335 @@
+"""Explainers: class activation maps of a model's layers, for the scores of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import _capture, _checks
+from ._capture import Inputs, Layers, Target
+from .ops.cam import class_activation_parts, weighted_activation_map
+from .reference import CAMParts
+
+__all__ = [
+    "AblationCAM",
+    "Explanation",
+    "FusedExplanation",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "HiResCAM",
+    "LayerCAM",
+    "XGradCAM",
+    "overlay",
+]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a layer says about the scores of N images, of K classes each where the target has them. No graph hangs on
+    any of it."""
+
+    map: Tensor  # (N, [K,] H, W), on the size of the inputs
+    raw: Tensor  # (N, [K,] h, w), signed, on the size of the layer
+    weights: Tensor | None  # (N, [K,] C), None for methods that weigh every pixel
+    contributions: Tensor  # (N, [K,] C), each channel's share of the sum of `raw`
+    cancellation: Tensor  # (N, C), |sum of A| / sum of |A|; near zero XGrad-CAM's weights mean little
+    logits: Any  # output of the model, detached
+    scores: Tensor  # (N, [K])
+    target: Tensor | None  # (N, [K]) class indices, None where the target was a callable
+    dead: Tensor  # (N, [K]) bool: nothing in `raw` is positive, so after ReLU the map is zero
+
+
+@dataclass(frozen=True)
+class FusedExplanation:
+    """The mean of the normalised maps of several layers, and their explanations."""
+
+    map: Tensor  # (N, [K,] H, W)
+    layers: tuple[Explanation, ...]
+    logits: Any
+    scores: Tensor
+    target: Tensor | None
+    dead: Tensor  # where all layers are
+
+
+class _Explainer:
+    """Explains scores of a model by maps of one or several of its layers.
+
+    Args:
+        model: any module. Its training flags are left alone: call `eval()` yourself.
+        layers: a module of the model or its name, or a list of them. A layer that runs several times in a forward
+            pass is explained at its last run. Its output is (N, C, h, w), (N, h, w, C) as in Swin, or tokens (N, T, C).
+        fuse: None for an explanation of each layer in a list, "mean" for the mean of their normalised maps.
+        grid: (h, w) of tokens, which follow class and register tokens; inferred from the size of the image otherwise.
+        layout: "NCHW", "NHWC" or "NTC" of the layer's output, where the inference from its shape is wrong.
+        eps: as for `class_activation_map`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit the rules above.
+    """
+
+    _method: ClassVar[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        *,
+        fuse: str | None = None,
+        grid: tuple[int, int] | None = None,
+        layout: str | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        self._layers = _capture.find_layers(model, layers)
+        self._model = model
+        self._single = isinstance(layers, nn.Module | str)
+        if fuse not in (None, "mean"):
+            raise ValueError(f"fuse must be None or 'mean', got {fuse!r}")
+        if layout not in (None, *_capture.LAYOUTS):
+            raise ValueError(f"layout must be one of {', '.join(_capture.LAYOUTS)} or None, got {layout!r}")
+        _checks.non_negative("eps", eps)
+        self._fuse = fuse
+        self._grid = _checks.map_size(grid, "grid")
+        self._layout = layout
+        self._eps = eps
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        *,
+        size: int | tuple[int, int] | None = None,
+        relu: bool = True,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+    ) -> Explanation | list[Explanation] | FusedExplanation:
+        """Explain the scores of a batch.
+
+        Args:
+            inputs: the model's argument, a sequence of its arguments, or a mapping of its keyword arguments.
+            target: None for the class of the largest logit; a class for all images; a list of N classes; integers
+                (N,), or (N, K) for K classes an image from one backward pass; a callable from the model's output to
+                scores (N,) or (N, K); a list of N callables, each from an image's own logits to its score. Class
+                scores are logits, before softmax.
+            size: of the maps, (height, width) or an integer; None takes that of the first 4-dimensional input.
+            relu: whether negative values of a map become zero.
+            normalize: whether to scale each map to [0, 1]; a dead map is zero.
+            chunk_size: how many classes a backward pass takes at a time, None for all; 1 for models whose backward
+                `torch.vmap` does not know.
+
+        Returns:
+            An `Explanation`; a list of them for a list of layers; a `FusedExplanation` with `fuse`.
+
+        Raises:
+            TypeError, ValueError: a target of the wrong length, type or range, or a layer's output of unknown shape.
+                Indices in a CUDA tensor are checked by the device as PyTorch's own are, so as not to wait for it.
+            RuntimeError: in `torch.inference_mode()`; a layer that does not run, or on which no score depends.
+        """
+        wanted = _checks.map_size(size) or _capture.image_size(inputs)
+        if wanted is None:
+            raise ValueError("size must be given: none of the inputs has 4 dimensions (N, C, H, W)")
+        explanations = self._explain(inputs, target, wanted, relu, normalize or self._fuse == "mean", chunk_size)
+        if self._fuse == "mean":
+            return _fused(explanations, normalize)
+        return explanations[0] if self._single else explanations
+
+    def _explain(
+        self,
+        inputs: Inputs,
+        target: Target,
+        size: tuple[int, int],
+        relu: bool,
+        normalize: bool,
+        chunk_size: int | None,
+    ) -> list[Explanation]:
+        output, captured = _capture.run_with_graph(self._model, self._layers, inputs)
+        layers = list(captured.values())
+        batch = len(layers[0])
+        with torch.enable_grad():
+            rule = _capture.resolve(target, output, batch)
+            scores = _capture.checked_scores(rule.of(output), batch)
+        gradients = _capture.gradients(scores, layers, chunk_size)
+        explanations = []
+        with torch.no_grad():
+            for activations, gradient in zip(layers, gradients, strict=True):
+                view = self._view(activations.shape, _capture.image_size(inputs))
+                parts = class_activation_parts(
+                    view(activations.detach()), view(gradient), self._method, self._eps, relu, size, normalize
+                )
+                explanations.append(_explanation(parts, output, scores, rule))
+        return explanations
+
+    def _view(self, shape: Sequence[int], image: tuple[int, int] | None) -> _capture.Planes:
+        return _capture.planes(shape, image, self._grid, self._layout)
+
+
+class XGradCAM(_Explainer):
+    __doc__ = f"XGrad-CAM (arXiv 2008.02312).\n\n{_Explainer.__doc__}"
+    _method = "xgradcam"
+
+
+class GradCAM(_Explainer):
+    __doc__ = f"Grad-CAM (arXiv 1610.02391).\n\n{_Explainer.__doc__}"
+    _method = "gradcam"
+
+
+class GradCAMPlusPlus(_Explainer):
+    __doc__ = f"Grad-CAM++ (arXiv 1710.11063).\n\n{_Explainer.__doc__}"
+    _method = "gradcam++"
+
+
+class HiResCAM(_Explainer):
+    __doc__ = f"HiResCAM (arXiv 2011.08891).\n\n{_Explainer.__doc__}"
+    _method = "hirescam"
+
+
+class LayerCAM(_Explainer):
+    __doc__ = f"LayerCAM (Jiang et al., TIP 2021).\n\n{_Explainer.__doc__}"
+    _method = "layercam"
+
+
+class AblationCAM(_Explainer):
+    """Ablation-CAM (Desai and Ramaswamy, WACV 2020): weights are relative drops of the score without a channel.
+
+    Takes no gradient, and C forward passes of what follows the layer for every image. Arguments are those of the other
+    explainers, and:
+
+        batch_size: channels that are ablated at a time.
+        reuse_trunk: whether what precedes the layer runs once for `batch_size` ablations. False repeats the inputs
+            instead: for models that fix the batch size before the layer, or pass the layer by.
+        progress: whether to show a progress bar (needs tqdm).
+
+    A score of zero has zero weights. A callable target is also called on outputs whose rows are ablations of one image,
+    so it has to treat all rows alike; a list of callables does not. `eps` and `chunk_size` have no effect here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        *,
+        fuse: str | None = None,
+        grid: tuple[int, int] | None = None,
+        layout: str | None = None,
+        batch_size: int = 64,
+        reuse_trunk: bool = True,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(model, layers, fuse=fuse, grid=grid, layout=layout)
+        self._batch_size = _checks.integer("batch_size", batch_size, 1)
+        self._reuse_trunk = reuse_trunk
+        self._progress = progress
+
+    @torch.no_grad()
+    def _explain(
+        self,
+        inputs: Inputs,
+        target: Target,
+        size: tuple[int, int],
+        relu: bool,
+        normalize: bool,
+        chunk_size: int | None,
+    ) -> list[Explanation]:
+        explanations = []
+        for name, layer in self._layers.items():
+            drops, activations, output, rule, scores = _capture.channel_drops(
+                self._model,
+                {name: layer},
+                inputs,
+                target,
+                lambda shape: self._view(shape, _capture.image_size(inputs)),
+                batch_size=self._batch_size,
+                reuse_trunk=self._reuse_trunk,
+                progress=self._progress,
+            )
+            wide = torch.promote_types(activations.dtype, torch.float32)
+            weights = drops.to(wide) / scores.to(wide).masked_fill(scores == 0, torch.inf).unsqueeze(-1)
+            planes = activations.to(wide)
+            total, magnitude = planes.sum((2, 3)), planes.abs().sum((2, 3))
+            parts = CAMParts(
+                weighted_activation_map(activations, weights, relu, size, normalize),
+                weighted_activation_map(activations, weights, relu=False),
+                weights,
+                weights * (total if weights.dim() == 2 else total.unsqueeze(1)),
+                torch.where(magnitude == 0, 1, total.abs() / magnitude),
+            )
+            explanations.append(_explanation(parts, output, scores, rule))
+        return explanations
+
+
+def _explanation(parts: CAMParts, output: Any, scores: Tensor, rule: _capture.Scores) -> Explanation:
+    dead = parts.raw.amax((-2, -1)) <= 0
+    return Explanation(*parts, _detached(output), scores.detach(), rule.indices, dead)
+
+
+def _fused(explanations: Sequence[Explanation], normalize: bool) -> FusedExplanation:
+    cam = torch.stack([explanation.map for explanation in explanations]).mean(0)
+    if normalize:
+        low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
+        cam = (cam - low) / (high - low).masked_fill(high == low, torch.inf)
+    first = explanations[0]
+    dead = torch.stack([explanation.dead for explanation in explanations]).all(0)
+    return FusedExplanation(cam, tuple(explanations), first.logits, first.scores, first.target, dead)
+
+
+def _detached(output: Any) -> Any:
+    """The output without its graph; its logits where it is not a tensor but has them."""
+    try:
+        return _capture.logits_of(output).detach()
+    except TypeError:
+        if isinstance(output, tuple | list):
+            return tuple(_detached(value) for value in output)
+        if isinstance(output, dict):
+            return {name: _detached(value) for name, value in output.items()}
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "jet") -> np.ndarray:
+    """Pictures of maps laid over their images: (1 - alpha) * image + alpha * colour of the map.
+
+    Args:
+        images: (N, 3, H, W) or (3, H, W), floats from 0 to 1 (undo the normalisation of the model) or uint8.
+        maps: (N, H, W) or (H, W), from 0 to 1, as explainers return them; K maps of an image need K images.
+        alpha: from 0 to 1.
+        colormap: a name that matplotlib knows (needs matplotlib).
+
+    Returns:
+        uint8 array (N, H, W, 3) or (H, W, 3), RGB.
+
+    Raises:
+        TypeError, ValueError: shapes do not fit, a value is out of range, or the colormap is unknown.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(f'overlay needs matplotlib ({error}): pip install "dlu-triton[explain]"') from error
+    if colormap not in matplotlib.colormaps:
+        raise ValueError(f"colormap must be one that matplotlib knows, got {colormap!r}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    for name, value in (("images", images), ("maps", maps)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    shape = images.shape
+    if images.dim() not in (3, 4) or shape[-3] != 3 or maps.shape != shape[:-3] + shape[-2:]:
+        raise ValueError(
+            "images must be (N, 3, H, W) and maps (N, H, W), or (3, H, W) and (H, W), "
+            f"got {tuple(shape)} and {tuple(maps.shape)}"
+        )
+    pixels = images.movedim(-3, -1).numpy(force=True)
+    pixels = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float64)
+    values = maps.double().numpy(force=True)
+    for name, array in (("images", pixels), ("maps", values)):
+        if array.size and (array.min() < 0 or array.max() > 1):
+            raise ValueError(f"{name} must be from 0 to 1, got {array.min():.3g} to {array.max():.3g}")
+    colours = matplotlib.colormaps[colormap](values)[..., :3]
+    return np.round(255 * ((1 - alpha) * pixels + alpha * colours)).astype(np.uint8)
