@@ -1,4 +1,4 @@
-"""`python -m dlu_triton`: see the kernels agree with float64, and see what they do to a photograph."""
+"""`python -m dlu_triton`: see the kernels agree with float64, what they do to a photograph, and what maps explain."""
 
 import argparse
 import os
@@ -24,9 +24,15 @@ def main(arguments: list[str]) -> int:
     demo.add_argument(
         "--out", type=Path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
     )
+    explain = commands.add_parser(
+        "explain", help="train a small network to find digits on photographs, and measure every class activation map"
+    )
+    explain.add_argument(
+        "--out", type=Path, default=Path("dlu_explain"), metavar="DIR", help="folder of the results (%(default)s)"
+    )
     options = parser.parse_args(arguments)
 
-    # Without a GPU `verify` is about the interpreted kernels, `demo` about the CPU path. Triton decides at import.
+    # Without a GPU `verify` is about the interpreted kernels, the demos about the CPU path. Triton decides at import.
     interpret = options.command == "verify"
     if not torch.cuda.is_available() and interpret != _launch.INTERPRETED:
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
@@ -35,6 +41,10 @@ def main(arguments: list[str]) -> int:
         from . import _verify
 
         return _verify.run()
+    if options.command == "explain":
+        from . import _explain_demo
+
+        return _explain_demo.run(options.out)
     from . import _demo
 
     return _demo.run(options.image, options.out)

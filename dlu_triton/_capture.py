@@ -417,5 +417,5 @@ def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[int], Any]]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(f'progress=True needs tqdm ({error}): pip install "dlu-triton[explain]"') from error
-    with tqdm(total=total, unit="channel", leave=False) as bar:
+    with tqdm(desc="Zeroing", total=total, unit="channel", leave=False) as bar:
         yield bar.update

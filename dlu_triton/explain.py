@@ -203,8 +203,9 @@ class AblationCAM(_Explainer):
             instead: for models that fix the batch size before the layer, or pass the layer by.
         progress: whether to show a progress bar (needs tqdm).
 
-    A score of zero has zero weights. A callable target is also called on outputs whose rows are ablations of one image,
-    so it has to treat all rows alike; a list of callables does not. `eps` and `chunk_size` have no effect here.
+    A score of zero has zero weights, and a negative one turns its map round, as the published formula does. A callable
+    target is also called on outputs whose rows are ablations of one image, so it has to treat all rows alike; a list of
+    callables does not. `eps` and `chunk_size` have no effect here.
     """
 
     def __init__(

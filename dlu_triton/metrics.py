@@ -33,7 +33,10 @@ __all__ = [
 
 
 def conservation(explanation: Explanation) -> Tensor:
-    """Relative conservation error |S - sum of the raw map| / |S| of each score S: (N, [K]). Zero where S is too."""
+    """Relative conservation error |S - sum of the raw map| / |S| of each score S: (N, [K]).
+
+    Maps of Grad-CAM++, LayerCAM and Ablation-CAM are not meant to sum to the score, and err by construction.
+    """
     score = explanation.scores.to(explanation.contributions.dtype)
     return _relative((score - explanation.contributions.sum(-1)).abs(), score.abs())
 
