@@ -212,16 +212,16 @@ def main() -> None:
     for name in options.targets:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
-        for launch, typical, corners in (
-            (launch_upsampling, TYPICAL, CORNERS),
-            (launch_cam, CAM_TYPICAL, CAM_CORNERS),
+        for launch, typical, corners, sample in (
+            (launch_upsampling, TYPICAL, CORNERS, TYPICAL[::3]),
+            (launch_cam, CAM_TYPICAL, CAM_CORNERS, CAM_TYPICAL[::2]),
         ):
             if options.corners:
                 cases = typical + corners
             elif name == options.targets[0]:
                 cases = typical + corners[::2]
             else:
-                cases = typical if backend == "cuda" else typical[::3]
+                cases = typical if backend == "cuda" else sample
             jobs += [(target, launch, case) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
