@@ -83,4 +83,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for title, rows in passes.items():
         terminalreporter.line(title)
         for op, cells in rows.items():
-            terminalreporter.line(f"  {op:<13}" + "   ".join(cells))
+            terminalreporter.line(f"  {op:<21}" + "   ".join(cells))

@@ -1,27 +1,22 @@
 """Times the operators and their rivals on the same inputs, each one checked against float64 before it is timed."""
 
-import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import accuracy
 import cases
-import clock
+import measure
 import pytest
 import rivals
 import torch
 import torch.nn.functional as F
 from cases import Case
+from measure import DEVICE
 from torch import Tensor
 
 import dlu_triton
 from dlu_triton import reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TIMER = clock.timer(DEVICE)
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = (0.5, 10, 100) if DEVICE == "cuda" else (0.3, 5, 50)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is compared: functions of the inputs, the scale factor and the kernel size
@@ -88,7 +83,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("op", "case", "impl", "direction"), parameters)
 
 
-@pytest.mark.benchmark(timer=TIMER)
+@pytest.mark.benchmark(timer=measure.TIMER)
 @pytest.mark.filterwarnings("default", "ignore:Benchmark fixture was not used")  # torch.compile's are no errors
 def test_upsampling(
     benchmark: Any, records: list[dict[str, Any]], op: str, case: Case, impl: str, direction: str
@@ -134,33 +129,11 @@ def test_upsampling(
     if not benchmark.enabled:
         benchmark.pedantic(call)  # once, as a test
         return
-    record |= _time(benchmark, call)
+    record |= measure.device_time(benchmark, call)
     record["gbps"] = record["ideal_bytes"] / benchmark.stats["median"] / 1e9
     copies = [other["gbps"] for other in records if other["op"] == "copy" and other["case"] == case]
     record["roofline"] = record["gbps"] / copies[0] if copies else None
     records.append({**record, "case": case, "seconds": benchmark.stats["median"]})
-
-
-def _time(benchmark: Any, call: Callable[[], tuple[Tensor, ...]]) -> dict[str, Any]:
-    """Run the rounds, and return what else was measured."""
-
-    def run() -> None:
-        call()  # a result that was kept would take memory from the next round
-
-    flush, issue_seconds, peak_extra_bytes = None, None, None
-    if DEVICE == "cuda":
-        peak_extra_bytes = _peak_extra_bytes(call)
-        issue_seconds = clock.issue_seconds(run)
-        flush = _flush()
-        flush.cover(issue_seconds)
-    run()
-    start = TIMER()
-    run()
-    rounds = math.ceil(SECONDS / max(TIMER() - start, 1e-6))
-    rounds = min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
-    warm_up = rounds if DEVICE == "cuda" else 1  # a GPU may have to raise its clocks
-    benchmark.pedantic(run, setup=flush, rounds=rounds, warmup_rounds=warm_up)
-    return {"issue_seconds": issue_seconds, "peak_extra_bytes": peak_extra_bytes}
 
 
 @lru_cache(maxsize=1)
@@ -169,17 +142,3 @@ def _inputs(op: str, case: Case) -> tuple[list[str], list[Tensor], Tensor]:
     tensors = cases.inputs(op, case, DEVICE)
     names = ["the output", *(f"the gradient of {name}" for name in tensors)]
     return names, list(tensors.values()), cases.upstream(op, case, DEVICE)
-
-
-@cache
-def _flush() -> clock.Flush:
-    return clock.Flush()
-
-
-def _peak_extra_bytes(call: Callable[[], tuple[Tensor, ...]]) -> int:
-    """GPU memory that a call takes at its peak, beyond its inputs and what it returns."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    returned = sum(tensor.nbytes for tensor in call())
-    return torch.cuda.max_memory_allocated() - before - returned

@@ -1,0 +1,128 @@
+"""What is measured of a call besides its accuracy: time, memory, kernels, and how often the host waits."""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import clock
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TIMER = clock.timer(DEVICE)
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = (0.5, 10, 100) if DEVICE == "cuda" else (0.3, 5, 50)
+
+
+def device_time(benchmark: Any, call: Callable[[], Iterable[Any]]) -> dict[str, Any]:
+    """Run the rounds of a benchmark whose timer is TIMER, and return what else was measured."""
+
+    def run() -> None:
+        call()  # a result that was kept would take memory from the next round
+
+    flush, issue_seconds, extra = None, None, None
+    if DEVICE == "cuda":
+        extra = peak_extra_bytes(call)
+        issue_seconds = clock.issue_seconds(run)
+        flush = _flush()
+        flush.cover(issue_seconds)
+    rounds = _rounds(run, TIMER)
+    warm_up = rounds if DEVICE == "cuda" else 1  # a GPU may have to raise its clocks
+    benchmark.pedantic(run, setup=flush, rounds=rounds, warmup_rounds=warm_up)
+    return {"issue_seconds": issue_seconds, "peak_extra_bytes": extra}
+
+
+def user_time(benchmark: Any, call: Callable[[], Iterable[Any]], memory_before: int) -> dict[str, Any]:
+    """Run the rounds of a benchmark by the wall clock, until the device is done, as a user waits for a result.
+
+    What calls leave behind counts as theirs: `memory_before` was allocated before the first one.
+    """
+
+    def run() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    extra = peak_extra_bytes(call, memory_before) if DEVICE == "cuda" else None
+    rounds = _rounds(run, time.perf_counter)
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=min(rounds, 10) if DEVICE == "cuda" else 1)
+    return {"peak_extra_bytes": extra}
+
+
+def allocated_bytes() -> int:
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+
+
+def peak_extra_bytes(call: Callable[[], Iterable[Any]], before: int | None = None) -> int:
+    """GPU memory that a call takes at its peak, beyond its inputs and what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = allocated_bytes() if before is None else before
+    returned = sum(value.nbytes for value in call() if isinstance(value, Tensor) and value.is_cuda)
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+def kernels(call: Callable[[], object]) -> int | None:
+    """How many kernels a call runs on the GPU; copies and fills by the driver are none. None without a profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) if names else None
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How often the host waits for the device during a call, as far as PyTorch knows."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def replay_seconds(call: Callable[[], object]) -> float:
+    """Median device time of a CUDA graph of the call, which the host launches as one: no gaps between its kernels."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what a first call sets up cannot be captured
+        for _ in range(clock.CALIBRATION_CALLS):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()  # the memory that the graph writes to
+    flush = _flush()
+    flush.cover(clock.issue_seconds(graph.replay))
+    seconds = []
+    for _ in range(MOST_ROUNDS):
+        flush()
+        start = clock.Instant()
+        graph.replay()
+        seconds.append(clock.Instant() - start)
+    del kept
+    return statistics.median(seconds)
+
+
+def _rounds(run: Callable[[], None], timer: Callable[[], Any]) -> int:
+    run()
+    start = timer()
+    run()
+    rounds = math.ceil(SECONDS / max(timer() - start, 1e-6))
+    return min(max(rounds, LEAST_ROUNDS), MOST_ROUNDS)
+
+
+@cache
+def _flush() -> clock.Flush:
+    return clock.Flush()
