@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _capture, _checks
+from . import _capture, _checks, reference
 from ._capture import Inputs, Layers, Target
 from .ops.cam import class_activation_parts, weighted_activation_map
 from .reference import CAMParts
@@ -46,7 +46,8 @@ class Explanation:
 
 @dataclass(frozen=True)
 class FusedExplanation:
-    """The mean of the normalised maps of several layers, and their explanations."""
+    """The mean of the maps of several layers, each normalised and then resized as in pytorch-grad-cam, and what the
+    layers say by themselves."""
 
     map: Tensor  # (N, [K,] H, W)
     layers: tuple[Explanation, ...]
@@ -63,7 +64,9 @@ class _Explainer:
         model: any module. Its training flags are left alone: call `eval()` yourself.
         layers: a module of the model or its name, or a list of them. A layer that runs several times in a forward
             pass is explained at its last run. Its output is (N, C, h, w), (N, h, w, C) as in Swin, or tokens (N, T, C).
-        fuse: None for an explanation of each layer in a list, "mean" for the mean of their normalised maps.
+            Of a ViT whose head reads the class token alone, no score depends on the patches that leave the last block,
+            and their map is dead: take a layer in it that precedes its attention, such as its first normalisation.
+        fuse: None for an explanation of each layer in a list, "mean" for the mean of their maps, each normalised.
         grid: (h, w) of tokens, which follow class and register tokens; inferred from the size of the image otherwise.
         layout: "NCHW", "NHWC" or "NTC" of the layer's output, where the inference from its shape is wrong.
         eps: as for `class_activation_map`.
@@ -132,9 +135,9 @@ class _Explainer:
         wanted = _checks.map_size(size) or _capture.image_size(inputs)
         if wanted is None:
             raise ValueError("size must be given: none of the inputs has 4 dimensions (N, C, H, W)")
-        explanations = self._explain(inputs, target, wanted, relu, normalize or self._fuse == "mean", chunk_size)
+        explanations = self._explain(inputs, target, wanted, relu, normalize, chunk_size)
         if self._fuse == "mean":
-            return _fused(explanations, normalize)
+            return _fused(explanations, wanted, relu, normalize)
         return explanations[0] if self._single else explanations
 
     def _explain(
@@ -267,8 +270,14 @@ def _explanation(parts: CAMParts, output: Any, scores: Tensor, rule: _capture.Sc
     return Explanation(*parts, _detached(output), scores.detach(), rule.indices, dead)
 
 
-def _fused(explanations: Sequence[Explanation], normalize: bool) -> FusedExplanation:
-    cam = torch.stack([explanation.map for explanation in explanations]).mean(0)
+def _fused(explanations: Sequence[Explanation], size: tuple[int, int], relu: bool, normalize: bool) -> FusedExplanation:
+    maps = []
+    for explanation in explanations:
+        several = explanation.raw.dim() == 4
+        raw = explanation.raw if several else explanation.raw.unsqueeze(1)
+        cam = reference.finish(reference.finish(raw, relu, None, True), False, size, False)
+        maps.append(cam if several else cam.squeeze(1))
+    cam = torch.stack(maps).mean(0)
     if normalize:
         low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
         cam = (cam - low) / (high - low).masked_fill(high == low, torch.inf)

@@ -122,7 +122,7 @@ def class_activation_parts(
         raw, contributions = shares.sum(2), shares.sum((3, 4))
     magnitude = a.abs().sum((3, 4))
     cancellation = torch.where(magnitude == 0, 1, _ratio(total.abs(), magnitude)).squeeze(1)
-    parts = CAMParts(_finish(raw, relu, size, normalize), raw, weights, contributions, cancellation)
+    parts = CAMParts(finish(raw, relu, size, normalize), raw, weights, contributions, cancellation)
     return parts if gradients.dim() == 5 else one_map(parts)
 
 
@@ -165,7 +165,7 @@ def weighted_activation_map(
     """See `dlu_triton.weighted_activation_map`."""
     _checks.weighted_activation_map(activations, weights, size)
     raw = _weighted_sum(activations, weights.unsqueeze(1) if weights.dim() == 2 else weights)
-    cam = _finish(raw, relu, size, normalize)
+    cam = finish(raw, relu, size, normalize)
     return cam if weights.dim() == 3 else cam.squeeze(1)
 
 
@@ -193,7 +193,7 @@ def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(wide) @ activations.to(wide).flatten(2)).unflatten(2, activations.shape[2:])
 
 
-def _finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normalize: bool) -> Tensor:
+def finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normalize: bool) -> Tensor:
     """ReLU, bilinear resize with half-pixel centres, then (map - min) / (max - min), and zeros where max = min."""
     cam = raw.relu() if relu else raw
     constant = cam.amin((2, 3), keepdim=True) == cam.amax((2, 3), keepdim=True)  # exactly, unlike a resized constant

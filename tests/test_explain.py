@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dlu_triton
@@ -297,12 +298,18 @@ def test_several_layers(explainer, net, device):
         torch.testing.assert_close(found.map, expected.map)
         torch.testing.assert_close(found.raw, expected.raw)
     fused = explainer(net, ["relu1", "relu2"], fuse="mean")(x, 1)
-    mean = (several[0].map + several[1].map) / 2
+    maps = []
+    for explanation in several:
+        low_resolution = explanation.raw.relu().unsqueeze(1)
+        low, high = low_resolution.amin((2, 3), keepdim=True), low_resolution.amax((2, 3), keepdim=True)
+        maps.append(F.interpolate((low_resolution - low) / (high - low), size=8, mode="bilinear").squeeze(1))
+    mean = (maps[0] + maps[1]) / 2
     low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)
     torch.testing.assert_close(fused.map, (mean - low) / (high - low))
     torch.testing.assert_close(fused.layers[1].raw, several[1].raw)
-    mean_only = explainer(net, ["relu1", "relu2"], fuse="mean")(x, 1, normalize=False)
-    torch.testing.assert_close(mean_only.map, mean)
+    torch.testing.assert_close(explainer(net, ["relu1", "relu2"], fuse="mean")(x, 1, normalize=False).map, mean)
+    classes = explainer(net, ["relu1", "relu2"], fuse="mean")(x, torch.tensor([[1, 0]] * 3))
+    torch.testing.assert_close(classes.map[:, 0], fused.map)
 
 
 def test_bad_layers(net, device):

@@ -9,15 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlu_triton
 from dlu_triton import _verify
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
-EXAMPLE, DEFINITIONS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text()
+UPSAMPLE, DEFINITIONS, EXPLAIN, MIGRATION, SUBCLASS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CHECKS = {
+    UPSAMPLE: "assert output.shape == (2, 64, 50, 84) and features.grad is not None",
+    EXPLAIN: "assert explanation.map.shape == (2, 64, 64) and several.map.shape == (2, 3, 64, 64)\n"
+    "assert explanation.map.amin() == 0 and explanation.map.amax() == 1 and error.shape == (2, 3)\n"
+    "assert pictures.shape == (2, 64, 64, 3)",
+}
 
 
-def test_example_runs_when_pasted():
+@pytest.mark.parametrize("example", (UPSAMPLE, EXPLAIN), ids=("upsample", "explain"))
+def test_example_runs_when_pasted(example):
+    if example is EXPLAIN:
+        pytest.importorskip("matplotlib")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = EXAMPLE + "\nassert output.shape == (2, 64, 50, 84) and features.grad is not None\n"
+    script = f"{example}\n{CHECKS[example]}\n"
     process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
@@ -35,3 +46,29 @@ def test_definitions(operator, groups, device):
     for eager in (True, False):
         found = _verify.function(operator, case, eager=eager)(*arguments.values())
         torch.testing.assert_close(found, expected)
+
+
+def test_subclass():
+    """What it does is compared in test_neighbours.py, where pytorch-grad-cam is installed."""
+    compile(SUBCLASS, "README.md", "exec")
+
+
+def test_migration(device):
+    """The two lines, with targets as pytorch-grad-cam has them: functions of one image's output."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5))
+    names = {
+        "dlu_triton": dlu_triton,
+        "model": model.to(device),
+        "target_layers": [model[1]],
+        "input_tensor": torch.rand(2, 3, 8, 8, device=device),
+        "targets": [lambda output: output[3], lambda output: output[0]],
+    }
+    exec(MIGRATION, names)
+    assert names["grayscale_cam"].shape == (2, 8, 8)
+    expected = dlu_triton.XGradCAM(model, "1", eps=1e-7)(names["input_tensor"], [3, 0]).map
+    torch.testing.assert_close(torch.from_numpy(names["grayscale_cam"]), expected.cpu())
+
+
+def test_tables_are_those_of_the_results():
+    done = subprocess.run([sys.executable, ROOT / "bench" / "tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "run python bench/tables.py"
