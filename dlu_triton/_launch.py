@@ -239,6 +239,17 @@ def plane(tensor: Tensor | None) -> tuple[Any, ...]:
     return (tensor, *outer, row, column, w)
 
 
+def plane_load(tensor: Tensor | None, tile: PlaneTile) -> str:
+    """How whole planes are read, see `_load_planes` in the kernels; float32 gains nothing from "rows"."""
+    if tensor is None or not tile.whole or tile.channels < 2:
+        return "plain"
+    *_, channel, row, column = tensor.stride()
+    h, w = tensor.shape[-2:]
+    if channel == h * w and (w == 1 or column == 1) and (h == 1 or row == w):
+        return "run"
+    return "rows" if channel == 1 and tensor.dtype.itemsize == 2 else "plain"
+
+
 def pointer_and_strides(tensor: Tensor | None, dims: int) -> tuple[Any, ...]:
     """A tensor as kernels take it; an absent one is None with zero strides."""
     return (None, *[0] * dims) if tensor is None else (tensor, *tensor.stride())

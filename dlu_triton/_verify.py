@@ -84,6 +84,7 @@ CAM_CASES = (
     CAMCase("xgradcam", "xgradcam", batch=2),
     CAMCase("xgradcam, 3 classes", "xgradcam", batch=2, classes=3, size=None),
     CAMCase("xgradcam, channels_last", "xgradcam", channels=70, channels_last=True),
+    CAMCase("xgradcam, 64 channels last", "xgradcam", channels=64, channels_last=True),
     CAMCase("xgradcam, float32 gradients", "xgradcam", gradient_dtype=torch.float32),
     CAMCase("xgradcam, large plane", "xgradcam", channels=3, height=70, width=61),
     CAMCase("xgradcam, 1 x 1 map", "xgradcam", height=1, width=1, relu=False),

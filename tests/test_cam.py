@@ -102,7 +102,7 @@ def test_error_against_float64(case, dtype, device):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 17), (16, 16), (17, 16)], ids=str)
-@pytest.mark.parametrize("channels", (1, 33))
+@pytest.mark.parametrize("channels", (1, 33, 64))
 def test_sizes(channels, size, device):
     a, g = planes(2, channels, *size, device=device)
     for method in ("xgradcam", "elementwise"):

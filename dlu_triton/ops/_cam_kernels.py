@@ -10,7 +10,7 @@ import triton.language as tl
 
 # Sizes that vary from call to call select no new compilation by themselves.
 _SIZES = [
-    "channels", "pixels", "width_a", "width_g", "classes", "tiles", "slices", "channels_per_program",
+    "channels", "width_a", "width_g", "classes", "tiles", "slices", "blocks_per_program",
     "height", "width", "out_height", "out_width", "outputs_per_program",
 ]  # fmt: skip
 
@@ -36,20 +36,51 @@ def _pixel_offsets(pixels, width, stride_h, stride_w):
 
 
 @triton.jit
-def _load_planes(plane_ptr, stride_c, offsets, channel, channels, valid, ACC: tl.constexpr):
-    mask = (channel < channels)[:, None] & valid[None, :]
-    ptrs = plane_ptr + channel.to(tl.int64)[:, None] * stride_c + offsets[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)  # [C, P]
+def _load_planes(
+    planes_ptr, stride_c, offsets, first, channels, pixels, valid, LOAD: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C planes from channel `first` on, zero beyond the last channel and pixel: [P, C].
+
+    LOAD "run" reads planes of neighbouring channels that follow each other as one run of memory, whatever the alignment
+    of a plane; "rows" reads pixels with their channels innermost. Both deal the values out through shared memory, one
+    channel to a thread, so that sums over a plane are within threads. "plain" leaves them where they were read.
+    """
+    index = tl.arange(0, BLOCK_P * BLOCK_C)
+    if LOAD == "run":
+        run_ptr = planes_ptr + first.to(tl.int64) * pixels
+        count = BLOCK_C if EXACT else min(channels - first, BLOCK_C)
+        values = tl.load(run_ptr + index, mask=index < count * pixels, other=0.0)
+        p, c = index // BLOCK_C, index % BLOCK_C
+        # The last element of the run is beyond every plane, and zero, unless all pixels are valid.
+        values = tl.gather(values, tl.where(p < pixels, c * pixels + p, BLOCK_P * BLOCK_C - 1), 0)
+        return values.to(ACC).reshape(BLOCK_P, BLOCK_C)
+    else:
+        channel = first + tl.arange(0, BLOCK_C)
+        mask = valid[:, None]
+        if not EXACT:
+            mask = mask & (channel < channels)[None, :]
+        ptrs = planes_ptr + offsets[:, None] + channel.to(tl.int64)[None, :] * stride_c
+        values = tl.load(ptrs, mask=mask, other=0.0)
+        if LOAD == "rows":
+            values = tl.gather(values.reshape(BLOCK_P * BLOCK_C), index, 0).reshape(BLOCK_P, BLOCK_C)
+        return values.to(ACC)
+
+
+@triton.jit
+def _sum_of_plane(x, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """[P, C] -> [C], in two steps: the interpreter adds up in a row, which loses digits over a long plane."""
+    return tl.sum(tl.sum(x.reshape(BLOCK_P // 16, 16, BLOCK_C), 1), 0)
 
 
 @triton.jit
 def _terms(a, g, total, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
-    """What is summed over a plane: for the weight of its channel, or the shares of its pixels in the map. [C, P]"""
+    """What is summed over a plane: for the weight of its channel, or the shares of its pixels in the map. [P, C]"""
     if METHOD == "gradcam":
         return g
     elif METHOD == "gradcam++":
         square = g * g
-        return _relu(g) * _ratio(square, 2 * square + total[:, None] * square * g + tl.full([], EPS, ACC))
+        return _relu(g) * _ratio(square, 2 * square + total[None, :] * square * g + tl.full([], EPS, ACC))
     elif METHOD == "layercam":
         return _relu(g) * a
     elif METHOD == "elementwise":
@@ -62,7 +93,7 @@ def _terms(a, g, total, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constex
 def _weight(summed, total, pixels, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
     """Weights of the channels, from the terms summed over each plane and the sums of the activations. [C]"""
     if METHOD == "gradcam":
-        return summed / pixels.to(ACC)
+        return summed / tl.full([], pixels, ACC)
     elif METHOD == "xgradcam":
         return _ratio(summed, total + tl.full([], EPS, ACC))
     else:
@@ -90,9 +121,9 @@ def cam_partial_maps(
     gradients_ptr, stride_gn, stride_gk, stride_gc, stride_gh, stride_gw, width_g,
     given_ptr, stride_wn, stride_wk, stride_wc,
     weights_ptr, contributions_ptr, cancellation_ptr, partials_ptr,
-    channels, pixels, classes, tiles, slices, channels_per_program,
-    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+    channels, pixels, classes, tiles, slices, blocks_per_program,
+    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr, LOAD_A: tl.constexpr, LOAD_G: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add up the weighted planes of a slice of the channels, at one tile of pixels: (N, K, slices, pixels).
 
@@ -114,33 +145,40 @@ def cam_partial_maps(
     if gradients_ptr is not None:
         gradients_ptr += image * stride_gn + k.to(tl.int64) * stride_gk
 
-    summed = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    start = channel_slice * channels_per_program
-    for first in range(start, min(start + channels_per_program, channels), BLOCK_C):
+    summed = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    first_block = channel_slice * blocks_per_program
+    for block in range(first_block, min(first_block + blocks_per_program, tl.cdiv(channels, BLOCK_C))):
+        first = block * BLOCK_C
         channel = first + tl.arange(0, BLOCK_C)  # [C]
-        a = _load_planes(activations_ptr, stride_ac, activation_offsets, channel, channels, valid, ACC)
+        a = _load_planes(
+            activations_ptr, stride_ac, activation_offsets, first, channels, pixels, valid,
+            LOAD_A, EXACT, BLOCK_C, BLOCK_P, ACC,
+        )  # fmt: skip
         if given_ptr is not None:
             weight_ptrs = given_ptr + image * stride_wn + k.to(tl.int64) * stride_wk + channel.to(tl.int64) * stride_wc
             weight = tl.load(weight_ptrs, mask=channel < channels, other=0.0).to(ACC)
-            summed += weight[:, None] * a
+            summed += weight[None, :] * a
         else:
-            g = _load_planes(gradients_ptr, stride_gc, gradient_offsets, channel, channels, valid, ACC)
-            total = tl.sum(a, 1)  # [C]
+            g = _load_planes(
+                gradients_ptr, stride_gc, gradient_offsets, first, channels, pixels, valid,
+                LOAD_G, EXACT, BLOCK_C, BLOCK_P, ACC,
+            )  # fmt: skip
+            total = tl.sum(a, 0)  # [C]
             terms = _terms(a, g, total, METHOD, EPS, ACC)
-            contribution = tl.sum(terms, 1)
+            contribution = tl.sum(terms, 0)
             weight = contribution
             if WEIGHS:
                 weight = _weight(contribution, total, pixels, METHOD, EPS, ACC)
                 contribution = weight * total
-                terms = weight[:, None] * a
+                terms = weight[None, :] * a
             summed += terms
             if contributions_ptr is not None:
                 _store_channels(
                     weights_ptr, contributions_ptr, cancellation_ptr, image, k, classes, channel, channels,
-                    weight, contribution, total, tl.sum(tl.abs(a), 1), WEIGHS,
+                    weight, contribution, total, tl.sum(tl.abs(a), 0), WEIGHS,
                 )  # fmt: skip
     partial = ((image * classes + k) * slices + channel_slice) * pixels
-    tl.store(partials_ptr + partial + p, tl.sum(summed, 0), mask=valid)
+    tl.store(partials_ptr + partial + p, tl.sum(summed, 1), mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -149,46 +187,56 @@ def cam_channels(
     gradients_ptr, stride_gn, stride_gk, stride_gc, stride_gh, stride_gw, width_g,
     weights_ptr, contributions_ptr, cancellation_ptr,
     channels, pixels, classes, slices,
-    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr,
+    METHOD: tl.constexpr, WEIGHS: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Weights, contributions and cancellation of BLOCK_C channels whose planes are too large for one program."""
     program = tl.program_id(0)
     k = program % classes
-    channel = program // classes % slices * BLOCK_C + tl.arange(0, BLOCK_C)  # [C]
+    first_channel = program // classes % slices * BLOCK_C
+    channel = first_channel + tl.arange(0, BLOCK_C)  # [C]
     image = (program // classes // slices).to(tl.int64)
     activations_ptr += image * stride_an
     gradients_ptr += image * stride_gn + k.to(tl.int64) * stride_gk
 
     total = tl.zeros([BLOCK_C], ACC)
     if METHOD == "gradcam++":  # its terms need the sum over the whole plane
-        sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+        sums = tl.zeros([BLOCK_P, BLOCK_C], ACC)
         for first in range(0, pixels, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)  # [P]
             offsets = _pixel_offsets(p, width_a, stride_ah, stride_aw)
-            sums += _load_planes(activations_ptr, stride_ac, offsets, channel, channels, p < pixels, ACC)
-        total = tl.sum(sums, 1)
-    sums = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    magnitudes = tl.zeros([BLOCK_C, BLOCK_P], ACC)
-    summed = tl.zeros([BLOCK_C, BLOCK_P], ACC)
+            sums += _load_planes(
+                activations_ptr, stride_ac, offsets, first_channel, channels, pixels, p < pixels,
+                "plain", EXACT, BLOCK_C, BLOCK_P, ACC,
+            )  # fmt: skip
+        total = _sum_of_plane(sums, BLOCK_C, BLOCK_P)
+    sums = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    magnitudes = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    summed = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, pixels, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)  # [P]
         offsets = _pixel_offsets(p, width_a, stride_ah, stride_aw)
-        a = _load_planes(activations_ptr, stride_ac, offsets, channel, channels, p < pixels, ACC)
+        a = _load_planes(
+            activations_ptr, stride_ac, offsets, first_channel, channels, pixels, p < pixels,
+            "plain", EXACT, BLOCK_C, BLOCK_P, ACC,
+        )  # fmt: skip
         offsets = _pixel_offsets(p, width_g, stride_gh, stride_gw)
-        g = _load_planes(gradients_ptr, stride_gc, offsets, channel, channels, p < pixels, ACC)
+        g = _load_planes(
+            gradients_ptr, stride_gc, offsets, first_channel, channels, pixels, p < pixels,
+            "plain", EXACT, BLOCK_C, BLOCK_P, ACC,
+        )  # fmt: skip
         sums += a
         magnitudes += tl.abs(a)
         summed += _terms(a, g, total, METHOD, EPS, ACC)
-    total = tl.sum(sums, 1)
-    contribution = tl.sum(summed, 1)
+    total = _sum_of_plane(sums, BLOCK_C, BLOCK_P)
+    contribution = _sum_of_plane(summed, BLOCK_C, BLOCK_P)
     weight = contribution
     if WEIGHS:
         weight = _weight(contribution, total, pixels, METHOD, EPS, ACC)
         contribution = weight * total
     _store_channels(
         weights_ptr, contributions_ptr, cancellation_ptr, image, k, classes, channel, channels,
-        weight, contribution, total, tl.sum(magnitudes, 1), WEIGHS,
+        weight, contribution, total, _sum_of_plane(magnitudes, BLOCK_C, BLOCK_P), WEIGHS,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def _channels(
             *_launch.plane(gradients),
             *results,
             c, h * w, classes, slices,
-            METHOD=method, WEIGHS=method in _checks.WEIGHING_METHODS, EPS=eps,
+            METHOD=method, WEIGHS=method in _checks.WEIGHING_METHODS, EPS=eps, EXACT=c % tile.channels == 0,
             **tile.options(), **_launch.accumulator(activations.dtype),
         )  # fmt: skip
 
@@ -58,9 +58,10 @@ def _partial_maps(
             *_launch.plane(gradients),
             *_launch.pointer_and_strides(weights, 3),
             *results, partials,
-            c, h * w, classes, tiles, slices, per_program,
+            c, h * w, classes, tiles, slices, per_program // tile.channels,
             METHOD=method, WEIGHS=method in _checks.WEIGHING_METHODS, EPS=eps,
-            **tile.options(), **_launch.accumulator(activations.dtype),
+            LOAD_A=_launch.plane_load(activations, tile), LOAD_G=_launch.plane_load(gradients, tile),
+            EXACT=c % tile.channels == 0, **tile.options(), **_launch.accumulator(activations.dtype),
         )  # fmt: skip
     return partials
 
