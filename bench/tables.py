@@ -24,7 +24,7 @@ def explanations(figures: dict[str, Any]) -> str:
         "conservation": "conservation error",
     }
     lines = [
-        "| method | " + " | ".join(columns.values()) + " | ms per image |",
+        "| method | " + " | ".join(columns.values()) + " | ms per image, both digits |",
         "| --- |" + " ---: |" * (len(columns) + 1),
     ]
     for name, values in figures["methods"].items():
@@ -33,17 +33,24 @@ def explanations(figures: dict[str, Any]) -> str:
         cells.append("" if milliseconds is None else f"{milliseconds:.3g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     (reference,) = (key.removeprefix("against ") for key in figures if key.startswith("against "))
-    ties = [
-        f"{title}: " + (", ".join(name for name, verdict in verdicts.items() if verdict == "tie") or "none")
-        for title, verdicts in zip(columns.values(), figures[f"against {reference}"].values(), strict=True)
-    ]
+    verdicts = []
+    for title, each in zip(columns.values(), figures[f"against {reference}"].values(), strict=True):
+        parts = []
+        for verdict in ("tie", "better", "worse"):
+            names = [name for name, found in each.items() if found == verdict and name in figures["methods"]]
+            if names:
+                parts.append(f"{verdict} {', '.join(names)}")
+        verdicts.append(f"- {title}: {'; '.join(parts)}.")
     versions = figures["versions"]
     lines += [
         "",
         f"{figures['images']} test images, two digits each; {figures['device']}, torch {versions['torch']}, Triton "
         f"{versions['triton']}, Python {versions['python']}, commit {figures['commit'][:12]}, "
         "`bench/results/explain.json`.",
-        f"Within the noise of {reference} are: {'; '.join(ties)}.",
+        "",
+        f"Against {reference}, by a paired bootstrap over the images (95%, each comparison by itself):",
+        "",
+        *verdicts,
     ]
     return "\n".join(lines)
 

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import _checks
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-Target = int | Sequence[Any] | Tensor | Callable[[Any], Tensor] | None
+Target = int | Sequence[Any] | Tensor | np.ndarray | Callable[[Any], Tensor] | None
 Layers = nn.Module | str | Sequence[nn.Module | str]
 Planes = Callable[[Tensor], Tensor]
 
@@ -35,35 +38,50 @@ def find_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
+    if not isinstance(layers, nn.Module | str | Sequence):
+        raise TypeError(f"layers must be modules or their names, got {type(layers).__name__}")
     for layer in [layers] if isinstance(layers, nn.Module | str) else layers:
         if isinstance(layer, str):
             try:
-                found[layer] = model.get_submodule(layer)
+                model.get_submodule(layer)
             except AttributeError as error:
                 raise ValueError(f"layers must name modules of the model, got {layer!r}: {error}") from None
         elif isinstance(layer, nn.Module):
             if id(layer) not in names:
                 raise ValueError(f"layers must be modules of the model, got a {type(layer).__name__} outside it")
-            found[names[id(layer)]] = layer
+            layer = names[id(layer)]
         else:
             raise TypeError(f"layers must be modules or their names, got {type(layer).__name__}")
+        if layer in found:
+            raise ValueError(f"layers must differ, got {layer!r} twice")
+        found[layer] = model.get_submodule(layer)
     if not found:
         raise ValueError("layers must have at least one layer, got none")
     return found
 
 
+def one_layer(model: nn.Module, layer: nn.Module | str) -> dict[str, nn.Module]:
+    found = find_layers(model, layer)
+    if len(found) != 1:
+        raise ValueError(f"layer must be one layer, got {len(found)}")
+    return found
+
+
+def require_evaluation(model: nn.Module) -> None:
+    """For what runs a model on changed activations, of which batch normalisation must not learn."""
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+            raise ValueError(f"model must be in evaluation mode, got {name!r} in training mode")
+
+
 def run(model: nn.Module, inputs: Inputs) -> Any:
-    if isinstance(inputs, Tensor):
-        return model(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, Sequence):
-        return model(*inputs)
-    raise TypeError(f"inputs must be a tensor, a sequence or a mapping of arguments, got {type(inputs).__name__}")
+    return model(*_values(inputs))
 
 
 def image_of(inputs: Inputs, index: int, batch: int) -> Inputs:
-    """The inputs of one image: of every tensor of `batch` images its own."""
+    """The inputs of one image: of every tensor whose first dimension is the batch its own."""
 
     def pick(value: Any) -> Any:
         batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
@@ -90,10 +108,35 @@ def image_size(inputs: Inputs) -> tuple[int, int] | None:
     return None
 
 
+def described(inputs: Inputs) -> str:
+    """Kinds and shapes, for an error message."""
+    values = [
+        f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__ for value in _values(inputs)
+    ]
+    return ", ".join(values) or "no inputs"
+
+
+def images_in(inputs: Inputs, layers: Mapping[str, Tensor]) -> int:
+    """Images among the inputs, which come first in the outputs of the layers too."""
+    tensors = [value for value in _values(inputs) if isinstance(value, Tensor) and value.dim() > 0]
+    images = [value for value in tensors if value.dim() == 4] or tensors
+    batch = len((images or list(layers.values()))[0])
+    for name, output in layers.items():
+        if output.dim() == 0 or len(output) != batch:
+            raise ValueError(
+                f"layer {name!r} must have the {batch} images first in its output, got shape {tuple(output.shape)}"
+            )
+    return batch
+
+
 def _values(inputs: Inputs) -> Sequence[Any]:
     if isinstance(inputs, Tensor):
         return [inputs]
-    return list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if isinstance(inputs, Mapping):
+        return list(inputs.values())
+    if not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs must be a tensor, a sequence or a mapping of arguments, got {type(inputs).__name__}")
+    return inputs
 
 
 def _map_inputs(function: Callable[[Any], Any], inputs: Inputs) -> Inputs:
@@ -141,8 +184,8 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tenso
 def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> tuple[Any, dict[str, Tensor]]:
     """The model's output, with a graph that starts at the first of the layers, and the true output of each layer.
 
-    What precedes the first layer runs without a graph. A layer's output goes on as a copy, so that operations in
-    place after it change neither the activations nor where the gradient is taken.
+    What precedes the first layer runs without a graph. A layer's output is copied twice: one copy is kept, as the
+    model may change the output itself in place, and one goes on, as the model may change that too.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -152,7 +195,7 @@ def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: In
 
     def capture(name: str, output: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # from here on, until `no_grad` below ends
-        captured[name] = output if output.requires_grad else output.detach().requires_grad_()
+        captured[name] = output.clone() if output.requires_grad else output.detach().clone().requires_grad_()
         return captured[name].clone()
 
     with hooked(layers, capture), torch.no_grad():
@@ -162,7 +205,7 @@ def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: In
             raise RuntimeError(
                 f"layer {name!r} did not run, or not in sight of hooks; of a compiled model, pass the original"
             )
-    return output, captured
+    return output, {name: captured[name] for name in layers}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +258,7 @@ def resolve(target: Target, output: Any, batch: int) -> Scores:
     if isinstance(target, Sequence) and not isinstance(target, str):
         if len(target) != batch:
             raise ValueError(f"target must have one entry for each of the {batch} images, got {len(target)}")
-        if all(callable(entry) for entry in target):
+        if target and all(callable(entry) for entry in target):
             return Scores(None, list(target))
     logits = logits_of(output)
     if logits.dim() != 2 or logits.shape[0] != batch:
@@ -228,9 +271,11 @@ def resolve(target: Target, output: Any, batch: int) -> Scores:
         return Scores(logits.detach().argmax(1), None)
     if isinstance(target, Sequence) and not isinstance(target, str):
         try:
-            target = torch.tensor(target)
-        except (TypeError, ValueError) as error:
+            target = torch.tensor(target) if target else torch.zeros(0, dtype=torch.long)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"target must be class indices or callables, got {target!r}: {error}") from None
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
     if not isinstance(target, Tensor):
         number = _checks.integer("target", target, 0, classes - 1)
         return Scores(torch.full((batch,), number, device=logits.device), None)
@@ -263,34 +308,34 @@ def gradients(
 ) -> list[Tensor]:
     """Gradients of (N,) scores like the tensors, or of (N, K) scores as (N, K, ...), `chunk_size` classes at a time."""
     if not scores.requires_grad:
-        raise RuntimeError("the scores have no graph back to the layer: something after it detaches, or is no_grad")
-
-    def backward(upstream: Tensor, **options: bool) -> Sequence[Tensor]:
-        found = torch.autograd.grad(
-            scores, tensors, upstream, allow_unused=True, materialize_grads=unused_are_zero, **options
+        raise RuntimeError(
+            "the scores have no graph back to the layer: something after it detaches or runs under no_grad, or the "
+            "layer itself runs in a block that sets the grad mode, at whose end it is off again"
         )
-        if any(gradient is None for gradient in found):
+
+    def backward(upstream: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(scores, tensors, upstream, retain_graph=scores.dim() == 2, allow_unused=True)
+        if not unused_are_zero and any(gradient is None for gradient in found):
             raise RuntimeError("the scores do not depend on the layer")
-        return found
+        return [
+            torch.zeros_like(tensor) if gradient is None else gradient
+            for tensor, gradient in zip(tensors, found, strict=True)
+        ]
 
     if scores.dim() == 1:
-        return list(backward(torch.ones_like(scores)))
+        return backward(torch.ones_like(scores))
     n, k = scores.shape
     step = k if chunk_size is None else _checks.integer("chunk_size", chunk_size, 1)
     classes = torch.eye(k, dtype=scores.dtype, device=scores.device).unsqueeze(1).expand(k, n, k)
-    chunks = []
-    for first in range(0, k, step):
-        upstream = classes[first : first + step]
-        again = first + step < k
-        if len(upstream) == 1:
-            chunks.append([found.unsqueeze(0) for found in backward(upstream[0], retain_graph=again)])
-            continue
+    if min(step, k) == 1:
+        each = [torch.stack(one) for one in zip(*map(backward, classes), strict=True)]
+    else:
         try:
-            chunks.append(backward(upstream, retain_graph=again, is_grads_batched=True))
+            each = torch.vmap(backward, chunk_size=step)(classes)
         except RuntimeError as error:
             error.add_note("dlu_triton: several classes take one batched backward; chunk_size=1 takes them one by one")
             raise
-    return [torch.cat(parts).transpose(0, 1) for parts in zip(*chunks, strict=True)]
+    return [gradient.transpose(0, 1) for gradient in each]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,7 +357,10 @@ def planes(
             fits_last = _proportional(shape[1], shape[2], *image)
             layout = "NHWC" if fits_last and not _proportional(shape[2], shape[3], *image) else "NCHW"
     if len(shape) != len(layout):
-        raise ValueError(f"the layer's output must be {layout}, or (N, T, C) or (N, C, h, w), got shape {tuple(shape)}")
+        raise ValueError(
+            f"the layer's output must be (N, C, h, w), (N, h, w, C) or (N, T, C), here {layout}, got shape "
+            f"{tuple(shape)}: take a layer before pooling and flattening"
+        )
     if layout == "NCHW":
         return lambda x: x
     if layout == "NHWC":
@@ -362,17 +410,18 @@ def channel_drops(
     progress: bool,
 ) -> tuple[Tensor, Tensor, Any, Scores, Tensor]:
     """Drops (N, [K,] C), planes (N, C, h, w), output, scores' rule and scores, each channel really zeroed."""
+    require_evaluation(model)
     kept: list[Tensor] = []
 
     def keep(name: str, output: Tensor) -> Tensor:
-        kept.append(output)
+        kept.append(output.clone())  # the model may change the output itself in place
         return output.clone()
 
     with hooked(layer, keep):
         output = run(model, inputs)
     if len(kept) != 1:
         raise ValueError(f"the layer must run exactly once in a forward pass for ablation, ran {len(kept)} times")
-    batch = len(kept[0])
+    batch = images_in(inputs, dict.fromkeys(layer, kept[0]))
     rule = resolve(target, output, batch)
     scores = checked_scores(rule.of(output), batch)
     as_planes = view(kept[0].shape)
@@ -416,6 +465,6 @@ def _progress_bar(wanted: bool, total: int) -> Iterator[Callable[[int], Any]]:
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError(f'progress=True needs tqdm ({error}): pip install "dlu-triton[explain]"') from error
+        raise ImportError("progress=True needs tqdm, which the extra [explain] of dlu-triton installs") from error
     with tqdm(desc="Zeroing", total=total, unit="channel", leave=False) as bar:
         yield bar.update

@@ -10,6 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KERNEL_SIZE = 9
 MAX_SCALE_FACTOR = 16
+MAX_MAP_PIXELS = 2**31 - 2**12  # of one plane or map; kernels number them, and a block beyond, in 32 bits
 WEIGHING_METHODS = ("xgradcam", "gradcam", "gradcam++")  # one weight per channel
 CAM_METHODS = (*WEIGHING_METHODS, "hirescam", "layercam", "elementwise")
 
@@ -127,14 +128,22 @@ def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scal
 
 
 def class_activation_map(
-    activations: Tensor, gradients: Tensor, method: object, eps: object, size: object, return_weights: bool = False
+    activations: Tensor,
+    gradients: Tensor,
+    method: object,
+    eps: object,
+    relu: object,
+    size: object,
+    normalize: object,
+    return_weights: object = False,
 ) -> None:
-    """Rules of `class_activation_map(activations, gradients, method, eps, ..., size, ...)`."""
+    """Rules of `class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)`."""
     if method not in CAM_METHODS:
         raise ValueError(f"method must be one of {', '.join(CAM_METHODS)}, got {method!r}")
     if return_weights and method not in WEIGHING_METHODS:
         raise ValueError(f"return_weights must be False for {method}, which has no channel weights, got True")
     non_negative("eps", eps)
+    _flags(relu=relu, normalize=normalize, return_weights=return_weights)
     map_size(size)
     _activations(activations)
     _floating("gradients", gradients)
@@ -146,8 +155,11 @@ def class_activation_map(
     _beside("gradients", gradients, "activations", activations)
 
 
-def weighted_activation_map(activations: Tensor, weights: Tensor, size: object) -> None:
-    """Rules of `weighted_activation_map(activations, weights, ..., size, ...)`."""
+def weighted_activation_map(
+    activations: Tensor, weights: Tensor, relu: object, size: object, normalize: object
+) -> None:
+    """Rules of `weighted_activation_map(activations, weights, relu, size, normalize)`."""
+    _flags(relu=relu, normalize=normalize)
     map_size(size)
     _activations(activations)
     _floating("weights", weights)
@@ -157,6 +169,12 @@ def weighted_activation_map(activations: Tensor, weights: Tensor, size: object) 
     else:
         _shape("weights", weights, "(N, C), or (N, K, C) for K maps,", (n, c))
     _beside("weights", weights, "activations", activations)
+
+
+def _flags(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
 def non_negative(name: str, value: object) -> None:
@@ -171,11 +189,12 @@ def map_size(value: object, name: str = "size") -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, tuple | list):
-        side = integer(name, value, 1)
-        return side, side
+        value = (value, value)
     if len(value) != 2:
         raise ValueError(f"{name} must be an integer or a pair (height, width), got {tuple(value)}")
     height, width = (integer(name, side, 1) for side in value)
+    if height * width > MAX_MAP_PIXELS:
+        raise ValueError(f"{name} must have at most {MAX_MAP_PIXELS} pixels, got {height} x {width}")
     return height, width
 
 
@@ -186,3 +205,6 @@ def _activations(value: object) -> None:
             f"tokens[:, -H * W:].transpose(1, 2).unflatten(2, (H, W)), got shape {tuple(value.shape)}"
         )
     _map("activations", value)
+    h, w = value.shape[2:]
+    if h * w > MAX_MAP_PIXELS:
+        raise ValueError(f"activations must have at most {MAX_MAP_PIXELS} pixels in a plane, got {h} x {w}")

@@ -176,6 +176,9 @@ class PlaneTile(NamedTuple):
         return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": warps, **most_registers()}
 
 
+# Pixels of all partial maps of one map, which every program that finishes it may have to read.
+MOST_PARTIAL_PIXELS = 2**16
+
 # Slices, raw pixels and output pixels that a finishing program takes at a time.
 FINISHING_BLOCKS = {"BLOCK_S": 16, "BLOCK_P": 256, "BLOCK_O": 512}
 
@@ -237,6 +240,26 @@ def plane(tensor: Tensor | None) -> tuple[Any, ...]:
     elif row == w * column:
         row = None
     return (tensor, *outer, row, column, w)
+
+
+def map_slices(programs: int, channels: int, tile: PlaneTile, pixels: int) -> tuple[int, int]:
+    """Slices of the channels, and channels of each: as `shares`, but the partial maps stay small (not measured)."""
+    slices, per_program = shares(programs, channels, tile.channels)
+    most = max(1, MOST_PARTIAL_PIXELS // pixels)
+    if slices > most:
+        per_program = triton.cdiv(triton.cdiv(channels, tile.channels), most) * tile.channels
+    return triton.cdiv(channels, per_program), per_program
+
+
+def finishing_tiles(maps: int, outputs: int, slices: int, channels: int) -> tuple[int, int]:
+    """Programs that finish a map, and outputs of each. All of them add up the partial maps of all slices, which must
+    not come to more than half of what was read for them (not measured)."""
+    tiles, per_program = shares(maps, outputs, FINISHING_BLOCKS["BLOCK_O"])
+    most = tiles if slices == 1 else max(1, channels // slices)
+    if tiles > most:
+        blocks = triton.cdiv(outputs, FINISHING_BLOCKS["BLOCK_O"])
+        per_program = triton.cdiv(blocks, most) * FINISHING_BLOCKS["BLOCK_O"]
+    return triton.cdiv(outputs, per_program), per_program
 
 
 def plane_load(tensor: Tensor | None, tile: PlaneTile) -> str:

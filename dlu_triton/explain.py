@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,40 +29,72 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a layer says about the scores of N images, of K classes each where the target has them. No graph hangs on
-    any of it."""
+class _Shown:
+    """A repr of shapes instead of values."""
 
-    map: Tensor  # (N, [K,] H, W), on the size of the inputs
-    raw: Tensor  # (N, [K,] h, w), signed, on the size of the layer
-    weights: Tensor | None  # (N, [K,] C), None for methods that weigh every pixel
-    contributions: Tensor  # (N, [K,] C), each channel's share of the sum of `raw`
-    cancellation: Tensor  # (N, C), |sum of A| / sum of |A|; near zero XGrad-CAM's weights mean little
-    logits: Any  # output of the model, detached
-    scores: Tensor  # (N, [K])
-    target: Tensor | None  # (N, [K]) class indices, None where the target was a callable
-    dead: Tensor  # (N, [K]) bool: nothing in `raw` is positive, so after ReLU the map is zero
+    def __repr__(self) -> str:
+        shown = {
+            field.name: tuple(value.shape) if isinstance(value := getattr(self, field.name), Tensor) else value
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
-@dataclass(frozen=True)
-class FusedExplanation:
-    """The mean of the maps of several layers, each normalised and then resized as in pytorch-grad-cam, and what the
-    layers say by themselves."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation(_Shown):
+    """What a layer says about the scores of N images, of K classes each where the target has them.
 
-    map: Tensor  # (N, [K,] H, W)
+    No graph hangs on any of it. Maps and channel values are float32, float64 for a float64 model.
+
+        map            (N, [K,] H, W), on the size of the inputs, from 0 to 1 unless `normalize=False`
+        raw            (N, [K,] h, w), on the size of the layer, signed: before ReLU, resize and normalisation
+        weights        (N, [K,] C), None for methods that weigh every pixel by itself
+        contributions  (N, [K,] C), each channel's share of the sum of `raw`, for `metrics`
+        cancellation   (N, C), |sum of A| / sum of |A| of each channel; where signed activations cancel it is near
+                       zero, and XGrad-CAM's weights are large and mean little
+        logits         what the model returned, detached
+        scores         (N, [K]), the scores explained
+        target         (N, [K]), their classes; None where the target was a callable
+        dead           (N, [K]) bool: nothing in `raw` is positive, so there is no evidence, and the map is zero
+    """
+
+    map: Tensor
+    raw: Tensor
+    weights: Tensor | None
+    contributions: Tensor
+    cancellation: Tensor
+    logits: Any
+    scores: Tensor
+    target: Tensor | None
+    dead: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FusedExplanation(_Shown):
+    """What several layers say together, of `fuse="mean"`.
+
+    map     (N, [K,] H, W): the mean of the layers' maps, each normalised and then resized as in pytorch-grad-cam;
+            the mean is normalised again unless `normalize=False`
+    layers  an `Explanation` of each layer, for `metrics`
+    logits, scores, target  as in `Explanation`
+    dead    (N, [K]) bool: where all layers are
+    """
+
+    map: Tensor
     layers: tuple[Explanation, ...]
     logits: Any
     scores: Tensor
     target: Tensor | None
-    dead: Tensor  # where all layers are
+    dead: Tensor
 
 
 class _Explainer:
     """Explains scores of a model by maps of one or several of its layers.
 
     Args:
-        model: any module. Its training flags are left alone: call `eval()` yourself.
+        model: a module that returns a tensor, or has `logits` in its output; others need a callable as target. Its
+            training flags are left alone, so call `eval()` yourself: in training mode a forward pass teaches batch
+            normalisation, as any other does.
         layers: a module of the model or its name, or a list of them. A layer that runs several times in a forward
             pass is explained at its last run. Its output is (N, C, h, w), (N, h, w, C) as in Swin, or tokens (N, T, C).
             Of a ViT whose head reads the class token alone, no score depends on the patches that leave the last block,
@@ -134,7 +167,10 @@ class _Explainer:
         """
         wanted = _checks.map_size(size) or _capture.image_size(inputs)
         if wanted is None:
-            raise ValueError("size must be given: none of the inputs has 4 dimensions (N, C, H, W)")
+            raise ValueError(
+                "size must be given unless one of the inputs is a batch of images (N, C, H, W), "
+                f"got {_capture.described(inputs)}"
+            )
         explanations = self._explain(inputs, target, wanted, relu, normalize, chunk_size)
         if self._fuse == "mean":
             return _fused(explanations, wanted, relu, normalize)
@@ -151,7 +187,7 @@ class _Explainer:
     ) -> list[Explanation]:
         output, captured = _capture.run_with_graph(self._model, self._layers, inputs)
         layers = list(captured.values())
-        batch = len(layers[0])
+        batch = _capture.images_in(inputs, captured)
         with torch.enable_grad():
             rule = _capture.resolve(target, output, batch)
             scores = _capture.checked_scores(rule.of(output), batch)
@@ -203,12 +239,14 @@ class AblationCAM(_Explainer):
 
         batch_size: channels that are ablated at a time.
         reuse_trunk: whether what precedes the layer runs once for `batch_size` ablations. False repeats the inputs
-            instead: for models that fix the batch size before the layer, or pass the layer by.
+            instead: for models that fix the batch size before the layer, or pass the layer by. Images are taken one by
+            one: of the inputs, every tensor whose first dimension is the batch counts as a batch.
         progress: whether to show a progress bar (needs tqdm).
 
     A score of zero has zero weights, and a negative one turns its map round, as the published formula does. A callable
     target is also called on outputs whose rows are ablations of one image, so it has to treat all rows alike; a list of
-    callables does not. `eps` and `chunk_size` have no effect here.
+    callables does not. `eps` and `chunk_size` have no effect here, and batch normalisation and dropout must be in
+    evaluation mode.
     """
 
     def __init__(
@@ -308,12 +346,12 @@ def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "j
 
     Args:
         images: (N, 3, H, W) or (3, H, W), floats from 0 to 1 (undo the normalisation of the model) or uint8.
-        maps: (N, H, W) or (H, W), from 0 to 1, as explainers return them; K maps of an image need K images.
+        maps: (N, H, W) or (N, K, H, W), for one image (H, W) or (K, H, W), from 0 to 1, as explainers return them.
         alpha: from 0 to 1.
         colormap: a name that matplotlib knows (needs matplotlib).
 
     Returns:
-        uint8 array (N, H, W, 3) or (H, W, 3), RGB.
+        uint8 array of the maps' shape and (3,), RGB.
 
     Raises:
         TypeError, ValueError: shapes do not fit, a value is out of range, or the colormap is unknown.
@@ -321,7 +359,7 @@ def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "j
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(f'overlay needs matplotlib ({error}): pip install "dlu-triton[explain]"') from error
+        raise ImportError("overlay needs matplotlib, which the extra [explain] of dlu-triton installs") from error
     if colormap not in matplotlib.colormaps:
         raise ValueError(f"colormap must be one that matplotlib knows, got {colormap!r}")
     if not 0 <= alpha <= 1:
@@ -329,17 +367,24 @@ def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "j
     for name, value in (("images", images), ("maps", maps)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    shape = images.shape
-    if images.dim() not in (3, 4) or shape[-3] != 3 or maps.shape != shape[:-3] + shape[-2:]:
+    n, size = images.shape[:-3], images.shape[-2:]
+    several = maps.dim() == images.dim()
+    if (
+        images.dim() not in (3, 4)
+        or images.shape[-3] != 3
+        or maps.shape != (*n, *maps.shape[len(n) :][:several], *size)
+    ):
         raise ValueError(
-            "images must be (N, 3, H, W) and maps (N, H, W), or (3, H, W) and (H, W), "
-            f"got {tuple(shape)} and {tuple(maps.shape)}"
+            "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W), or without N, "
+            f"got {tuple(images.shape)} and {tuple(maps.shape)}"
         )
-    pixels = images.movedim(-3, -1).numpy(force=True)
-    pixels = pixels / 255 if pixels.dtype == np.uint8 else pixels.astype(np.float64)
+    pixels = images.movedim(-3, -1).double().numpy(force=True) / (255 if images.dtype == torch.uint8 else 1)
+    if several:
+        pixels = pixels[..., None, :, :, :]
     values = maps.double().numpy(force=True)
     for name, array in (("images", pixels), ("maps", values)):
-        if array.size and (array.min() < 0 or array.max() > 1):
-            raise ValueError(f"{name} must be from 0 to 1, got {array.min():.3g} to {array.max():.3g}")
+        if array.size and not (array.min() >= 0 and array.max() <= 1):  # nor NaN
+            hint = " (undo the normalisation of the model)" if name == "images" else ""
+            raise ValueError(f"{name} must be from 0 to 1{hint}, got {array.min():.3g} to {array.max():.3g}")
     colours = matplotlib.colormaps[colormap](values)[..., :3]
     return np.round(255 * ((1 - alpha) * pixels + alpha * colours)).astype(np.uint8)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
 from . import _capture, _checks
 from ._capture import Inputs, Target
@@ -37,6 +36,7 @@ def conservation(explanation: Explanation) -> Tensor:
 
     Maps of Grad-CAM++, LayerCAM and Ablation-CAM are not meant to sum to the score, and err by construction.
     """
+    _one_layer(explanation)
     score = explanation.scores.to(explanation.contributions.dtype)
     return _relative((score - explanation.contributions.sum(-1)).abs(), score.abs())
 
@@ -48,12 +48,21 @@ def sensitivity(explanation: Explanation, drops: Tensor) -> Tensor:
         explanation: of the same model, layer, inputs and target as the drops.
         drops: (N, [K,] C) of `channel_drops`.
     """
+    _one_layer(explanation)
     contributions = explanation.contributions
     if drops.shape != contributions.shape:
         raise ValueError(f"drops must have the shape of the contributions, {tuple(contributions.shape)}, "
                          f"got {tuple(drops.shape)}")  # fmt: skip
     drops = drops.to(contributions.dtype)
     return _relative((drops - contributions).abs().sum(-1), drops.abs().sum(-1))
+
+
+def _one_layer(explanation: Explanation) -> None:
+    if not isinstance(explanation, Explanation):
+        raise TypeError(
+            f"explanation must be an Explanation, of one layer, got {type(explanation).__name__}; "
+            "a FusedExplanation has those of its layers in `layers`"
+        )
 
 
 def channel_drops(
@@ -73,11 +82,15 @@ def channel_drops(
     Takes C forward passes of what follows the layer for every image, `batch_size` at a time. What precedes the layer
     runs once for each of these batches; `reuse_trunk=False` repeats the inputs instead, for models that fix the batch
     size before the layer, or pass the layer by. `progress` shows a bar (needs tqdm). Inputs, target, grid and layout
-    are those of the explainers; of tokens only those of the grid are zeroed.
+    are those of the explainers; of tokens only those of the grid are zeroed. Images are taken one by one: of the
+    inputs, every tensor whose first dimension is the batch counts as a batch.
+
+    Raises:
+        ValueError: batch normalisation or dropout is in training mode, or an argument does not fit.
     """
     drops, *_ = _capture.channel_drops(
         model,
-        _capture.find_layers(model, layer),
+        _capture.one_layer(model, layer),
         inputs,
         target,
         lambda shape: _capture.planes(shape, _capture.image_size(inputs), _checks.map_size(grid, "grid"), layout),
@@ -112,10 +125,8 @@ def score_decomposition(
     Raises:
         ValueError: batch normalisation or dropout is in training mode.
     """
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
-            raise ValueError(f"model must be in evaluation mode, got {name!r} in training mode")
-    found = _capture.find_layers(model, layer)
+    _capture.require_evaluation(model)
+    found = _capture.one_layer(model, layer)
     followers = {
         name: module
         for name, module in model.named_modules()
@@ -132,7 +143,7 @@ def score_decomposition(
     with _capture.hooked(followers, keep):
         output, captured = _capture.run_with_graph(model, found, inputs)
     (activations,) = captured.values()
-    batch = len(activations)
+    batch = _capture.images_in(inputs, captured)
     with torch.enable_grad():
         score = _capture.checked_scores(_capture.resolve(target, output, batch).of(output), batch)
     dependent = [(module, tensor) for module, tensor in outputs if _bias(module) is not None]

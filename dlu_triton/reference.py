@@ -5,6 +5,7 @@ built: reassembly is k*k shifted multiply-adds, so memory stays at a few times o
 sums run in float32 at least; masks and output are rounded to half precision once each.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ def class_activation_parts(
     normalize: bool = False,
 ) -> CAMParts:
     """See `dlu_triton.class_activation_parts`."""
-    _checks.class_activation_map(activations, gradients, method, eps, size)
+    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     wide = _wide(activations.dtype)
     a = activations.to(wide).unsqueeze(1)  # (N, 1, C, h, w)
     g = (gradients.unsqueeze(1) if gradients.dim() == 4 else gradients).to(wide)  # (N, K, C, h, w)
@@ -137,7 +138,7 @@ def class_activation_map(
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `dlu_triton.class_activation_map`."""
-    _checks.class_activation_map(activations, gradients, method, eps, size, return_weights)
+    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
     parts = class_activation_parts(activations, gradients, method, eps, relu, size, normalize)
     return (parts.map, parts.weights) if return_weights else parts.map
 
@@ -163,7 +164,7 @@ def weighted_activation_map(
     normalize: bool = False,
 ) -> Tensor:
     """See `dlu_triton.weighted_activation_map`."""
-    _checks.weighted_activation_map(activations, weights, size)
+    _checks.weighted_activation_map(activations, weights, relu, size, normalize)
     raw = _weighted_sum(activations, weights.unsqueeze(1) if weights.dim() == 2 else weights)
     cam = finish(raw, relu, size, normalize)
     return cam if weights.dim() == 3 else cam.squeeze(1)
@@ -189,8 +190,12 @@ def _channel_weights(a: Tensor, g: Tensor, total: Tensor, method: str, eps: floa
 
 def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
     """Sum over the channels of weights (N, K, C) times activations (N, C, h, w): (N, K, h, w)."""
-    wide = _wide(activations.dtype)
-    return (weights.to(wide) @ activations.to(wide).flatten(2)).unflatten(2, activations.shape[2:])
+    wide, device = _wide(activations.dtype), activations.device.type
+    available = torch.amp.is_autocast_available(device)
+    with (
+        torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+    ):  # it would narrow the product
+        return (weights.to(wide) @ activations.to(wide).flatten(2)).unflatten(2, activations.shape[2:])
 
 
 def finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normalize: bool) -> Tensor:

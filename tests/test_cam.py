@@ -124,6 +124,19 @@ def test_resize_is_that_of_interpolate(size, normalize, device):
     torch.testing.assert_close(dlu_triton.xgrad_cam(a, g, size=size, normalize=normalize), expected)
 
 
+@pytest.mark.parametrize("outputs", [(40, 40), (5, 64), (37, 23), (12, 14), (113, 3)], ids=str)
+def test_extremes_are_found_among_few_outputs(outputs, device):
+    """Enlarged maps are searched next to the source pixels only; every pixel has to be in [0, 1], both ends taken."""
+    for h, w in ((5, 7), (1, 3), (6, 1), (2, 2)):
+        for seed in range(3):
+            a, g = planes(1, 3, h, w, device=device, dtype=torch.float32, seed=seed)
+            found = dlu_triton.xgrad_cam(a - 0.3, g, size=outputs, relu=False, normalize=True)
+            expected = reference.xgrad_cam(a - 0.3, g, size=outputs, relu=False, normalize=True)
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+            assert found.amin() == 0
+            assert found.amax() == 1
+
+
 @pytest.mark.parametrize("enough", (1, 10**6))
 @pytest.mark.parametrize("large", (False, True))
 def test_work_shared_between_programs(large, enough, device, monkeypatch):
@@ -259,6 +272,20 @@ def test_sums_past_the_range_of_half_precision(dtype, library, device):
         torch.testing.assert_close(found, reference.class_activation_map(a.double(), g.double(), method).float())
     value = float(a[0, 0, 0, 0]) * (0.5 + float(g[0, 1, 0, 0]))
     torch.testing.assert_close(library.class_activation_map(a, g, "hirescam"), torch.full_like(found, value))
+
+
+@LIBRARIES
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), **by_name)
+def test_autocast_changes_nothing(dtype, library, device):
+    a, g = planes(2, 20, 6, 5, dtype=torch.float32, device=device)
+    a *= 1e5  # past the range of float16
+    for method in METHODS:
+        expected = library.class_activation_parts(a, g, method, size=(9, 9))
+        with torch.autocast(device.type, dtype):
+            found = library.class_activation_parts(a, g, method, size=(9, 9))
+            weighted = library.weighted_activation_map(a, g[..., 0, 0])
+        assert_parts_equal(found, expected)
+        torch.testing.assert_close(weighted, library.weighted_activation_map(a, g[..., 0, 0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -423,6 +450,23 @@ def test_only_wanted_derivatives(wanted, device):
     a, g = (tensor.requires_grad_(want) for tensor, want in zip(planes(1, 2, 3, 3, device=device), wanted, strict=True))
     dlu_triton.xgrad_cam(a, g).backward(torch.ones(1, 3, 3, dtype=torch.float64, device=device))
     assert (a.grad is not None, g.grad is not None) == wanted
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_derivatives_of_all_parts(wanted, method, device):
+    """Some parts depend on one of the two inputs alone."""
+    found = []
+    for library in (dlu_triton, reference):
+        tensors = [t.requires_grad_(want) for t, want in zip(planes(1, 2, 3, 3, device=device), wanted, strict=True)]
+        parts = library.class_activation_parts(*tensors, method)
+        differentiable = [(n, part) for n, part in enumerate(parts) if part is not None and part.requires_grad]
+        sum((part * (n + 1)).sum() for n, part in differentiable).backward()
+        found.append([tensor.grad for tensor in tensors])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("method", ("xgradcam", "hirescam"))

@@ -133,6 +133,29 @@ def test_in_place_operations_change_nothing(explainer, device):
     assert (outputs[0] < 0).any()
 
 
+@explainers
+def test_in_place_operations_on_what_the_layer_returned_unchanged(explainer, device):
+    """A layer may return its input, which the model still holds and changes."""
+
+    class Aliased(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.conv, self.drop, self.head = nn.Conv2d(3, 4, 3), nn.Dropout(), nn.Linear(144, 5)
+            self.inplace = inplace
+
+        def forward(self, x):
+            x = self.conv(x)
+            y = self.drop(x)
+            if self.inplace:
+                x.mul_(3)
+            return self.head(y.relu().flatten(1))
+
+    one, other = (
+        explainer(seeded(Aliased, inplace).to(device), "drop")(images(device), 2) for inplace in (False, True)
+    )
+    torch.testing.assert_close(one.raw, other.raw)
+
+
 def test_ablation(net, device):
     """Weights are relative drops of the score when a channel is multiplied by zero."""
     x, target = images(device), torch.tensor([1, 4, 0], device=device)
@@ -181,6 +204,7 @@ def test_targets(explainer, net, device):
         best.tolist(),
         best.cpu(),
         best.int(),
+        best.cpu().numpy(),
         [lambda row, c=c: row[c] for c in best.tolist()],
     ):
         torch.testing.assert_close(explain(x, target).map, expected.map)
@@ -227,6 +251,7 @@ BAD_TARGETS = [
     (1.0, TypeError, "target must be an integer, got 1.0"),
     ("1", TypeError, "target must be an integer, got '1'"),
     (["a", "b", "c"], TypeError, "target must be class indices or callables"),
+    ([None, 1, 2], TypeError, "target must be class indices or callables"),
     (torch.tensor([0, 1]), ValueError, "target must have shape (N,) or (N, K) with N = 3, got (2,)"),
     (torch.tensor([0, -2, 1]), ValueError, "target must be from 0 to 4, got -2"),
     (torch.tensor([[0, 5]] * 3), ValueError, "target must be from 0 to 4, got 5"),
@@ -291,12 +316,15 @@ def test_other_outputs(device):
 
 @explainers
 def test_several_layers(explainer, net, device):
+    """In the order in which they are given, whatever that in which they run."""
     x = images(device)
-    several = explainer(net, ["relu1", net.relu2])(x, 1)
-    for found, layer in zip(several, ("relu1", "relu2"), strict=True):
-        expected = explainer(net, layer)(x, 1)
-        torch.testing.assert_close(found.map, expected.map)
-        torch.testing.assert_close(found.raw, expected.raw)
+    for layers in (["relu1", net.relu2], [net.relu2, "relu1"]):
+        several = explainer(net, layers)(x, 1)
+        for found, layer in zip(several, layers, strict=True):
+            expected = explainer(net, layer)(x, 1)
+            torch.testing.assert_close(found.map, expected.map)
+            torch.testing.assert_close(found.raw, expected.raw)
+    several.reverse()
     fused = explainer(net, ["relu1", "relu2"], fuse="mean")(x, 1)
     maps = []
     for explanation in several:
@@ -317,10 +345,15 @@ def test_bad_layers(net, device):
         dlu_triton.XGradCAM(net, "conv9")
     with pytest.raises(ValueError, match="layers must be modules of the model, got a ReLU outside it"):
         dlu_triton.XGradCAM(net, nn.ReLU())
-    with pytest.raises(TypeError, match="layers must be modules or their names, got int"):
-        dlu_triton.XGradCAM(net, [3])
+    for layers in (3, [3]):
+        with pytest.raises(TypeError, match="layers must be modules or their names, got int"):
+            dlu_triton.XGradCAM(net, layers)
+    with pytest.raises(TypeError, match="inputs must be a tensor, a sequence or a mapping of arguments, got ndarray"):
+        dlu_triton.XGradCAM(net, "conv2")(images(device).numpy(force=True))
     with pytest.raises(ValueError, match="at least one layer"):
         dlu_triton.XGradCAM(net, [])
+    with pytest.raises(ValueError, match="layers must differ, got 'conv1' twice"):
+        dlu_triton.XGradCAM(net, ["conv1", net.conv1])
     with pytest.raises(TypeError, match="model must be a torch"):
         dlu_triton.XGradCAM(lambda x: x, "conv1")
     with pytest.raises(ValueError, match="fuse must be None or 'mean', got 'max'"):
@@ -332,7 +365,7 @@ def test_bad_layers(net, device):
     net.spare = nn.Conv2d(3, 3, 1).to(device)
     with pytest.raises(RuntimeError, match="layer 'spare' did not run"):
         dlu_triton.XGradCAM(net, "spare")(images(device))
-    with pytest.raises(ValueError, match=r"the layer's output must be NCHW.* got shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"the layer's output must be .* here NCHW, got shape \(3, 5\)"):
         dlu_triton.XGradCAM(net, "head", layout="NCHW")(images(device))
 
 
@@ -471,6 +504,7 @@ def test_nothing_of_the_users_is_touched(explainer, net, device):
     net(x).sum().backward()
     net.conv1.weight.requires_grad_(False)
     before = {name: (p.grad.clone(), p.requires_grad, p.detach().clone()) for name, p in net.named_parameters()}
+    buffers = {name: value.clone() for name, value in net.named_buffers()}
     flags = {name: module.training for name, module in net.named_modules()}
     seen = []
     net.conv2.register_forward_hook(lambda module, arguments, output: seen.append(output.requires_grad))
@@ -482,6 +516,7 @@ def test_nothing_of_the_users_is_touched(explainer, net, device):
         assert torch.equal(p.grad, gradient)
         assert p.requires_grad == requires_grad
         assert torch.equal(p, value)
+    assert all(torch.equal(value, buffers[name]) for name, value in net.named_buffers())
     assert torch.equal(x.grad, input_gradient)
     assert flags == {name: module.training for name, module in net.named_modules()}
     assert hooks == [len(module._forward_hooks) for module in net.modules()]
@@ -583,6 +618,58 @@ def test_dead_maps(device):
     assert found.raw[:, 0].min() < 0
     signed = dlu_triton.XGradCAM(net, "1")(images(device), 0, relu=False)
     assert signed.map.amax() == 1
+    with torch.no_grad():  # constant activations: a constant map is zero when normalised, but not dead
+        net[0].weight.zero_()
+    constant = dlu_triton.XGradCAM(net, "1")(images(device), 1)
+    assert constant.map.eq(0).all()
+    assert not constant.dead.any()
+
+
+def test_an_empty_batch(net, device):
+    for target in (None, [], 2, torch.zeros(0, 3, dtype=torch.long)):
+        found = dlu_triton.XGradCAM(net, "conv2")(images(device)[:0], target)
+        assert found.map.shape == ((0, 3, 8, 8) if isinstance(target, torch.Tensor) else (0, 8, 8))
+
+
+def test_layers_whose_output_is_not_a_batch_of_images(device):
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.Linear(3, 3), nn.Linear(3 * 64, 5)
+
+        def forward(self, x):
+            n = len(x)
+            windows = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1).reshape(4 * n, 16, 3)
+            return self.head(self.attention(windows).reshape(n, -1))
+
+    for explainer in (dlu_triton.XGradCAM, dlu_triton.AblationCAM):
+        with pytest.raises(ValueError, match="layer 'attention' must have the 3 images first in its output"):
+            explainer(seeded(Windows).to(device), "attention")(images(device))
+
+
+@pytest.mark.parametrize("pack", (dlu_triton.CARAFEPack, dlu_triton.DLUPack))
+def test_several_classes_of_a_model_with_our_upsamplers(pack, device):
+    """Their backward takes the classes of a batched backward one by one."""
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), pack(4, 2, up_kernel=3, compressed_channels=4),
+                                       nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))).to(device)  # fmt: skip
+    target = torch.tensor([[0, 3], [4, 2]])
+    explain, x = dlu_triton.XGradCAM(net, "0"), images(device, n=2)
+    found = explain(x, target)
+    for k in range(2):
+        torch.testing.assert_close(found.raw[:, k], explain(x, target[:, k]).raw)
+
+
+def test_no_host_synchronisation(net, device):
+    if device.type == "cpu":
+        pytest.skip("needs a GPU")
+    explain, x = dlu_triton.XGradCAM(net, ["relu1", "conv2"], fuse="mean"), images(device)
+    for target in (None, 2, [0, 1, 2]):
+        explain(x, target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            explain(x, target)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @explainers
@@ -595,12 +682,23 @@ def test_dtypes(explainer, dtype, net, device):
     assert (found.raw - expected.raw).abs().max() <= tolerance
 
 
-def test_autocast(net, device):
-    expected = dlu_triton.XGradCAM(net.float(), "relu2")(images(device).float(), 1)
+@explainers
+def test_autocast(explainer, net, device):
+    """The model runs in the region's type, the maps are float32."""
+    expected = explainer(net.float(), "relu2")(images(device).float(), 1)
     with torch.autocast(device.type, torch.bfloat16):
-        found = dlu_triton.XGradCAM(net, "relu2")(images(device).float(), 1)
+        found = explainer(net, "relu2")(images(device).float(), 1)
     assert found.logits.dtype == torch.bfloat16
+    for part in (found.map, found.raw, found.contributions, found.cancellation):
+        assert part.dtype == torch.float32
     assert (found.raw - expected.raw).abs().max() <= 0.1 * expected.raw.abs().max()
+
+
+def test_repr_is_short(net, device):
+    found = dlu_triton.XGradCAM(net, ["conv1", "conv2"], fuse="mean")(images(device), 1)
+    assert repr(found.layers[0]).startswith("Explanation(map=(3, 8, 8), raw=(3, 8, 8), weights=(3, 6), ")
+    assert len(repr(found)) < 600
+    assert found.layers[0] != found.layers[1]  # by identity: tensors do not compare to a truth value
 
 
 def test_size(net, device):
@@ -610,7 +708,7 @@ def test_size(net, device):
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         dlu_triton.XGradCAM(net, "conv2")(x, size=0)
     flat = nn.Sequential(nn.Unflatten(1, (3, 8, 8)), net)
-    with pytest.raises(ValueError, match="size must be given"):
+    with pytest.raises(ValueError, match=r"size must be given unless .* got \(3, 192\)"):
         dlu_triton.XGradCAM(flat, "1.conv2")(x.flatten(1))
     assert dlu_triton.XGradCAM(flat, "1.conv2")(x.flatten(1), size=8).map.shape == (3, 8, 8)
 
@@ -631,12 +729,22 @@ def test_overlay():
     one = dlu_triton.overlay((255 * image[1]).to(torch.uint8), cam[1], alpha=0)
     assert np.array_equal(one, (255 * image[1]).to(torch.uint8).permute(1, 2, 0).numpy())
     assert dlu_triton.overlay(image[0], torch.ones(5, 6), alpha=1)[0, 0].tolist() == [128, 0, 0]
+    several = dlu_triton.overlay(image, torch.stack([cam, cam.flip(1), cam], 1))
+    assert several.shape == (2, 3, 5, 6, 3)
+    assert np.array_equal(several[:, 1], dlu_triton.overlay(image, cam.flip(1)))
+    one_image = dlu_triton.overlay(image[0].bfloat16(), cam)
+    assert one_image.shape == (2, 5, 6, 3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.full((3, 4, 4), 1.5)}, "images must be from 0 to 1, got 1.5 to 1.5"),
+        (
+            {"images": torch.full((3, 4, 4), 1.5)},
+            "images must be from 0 to 1 (undo the normalisation of the model), got 1.5 to 1.5",
+        ),
+        ({"maps": torch.full((4, 4), float("nan"))}, "maps must be from 0 to 1, got nan to nan"),
+        ({"maps": torch.zeros(2, 4, 5)}, "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W)"),
         ({"maps": torch.full((4, 4), -1.0)}, "maps must be from 0 to 1, got -1 to -1"),
         ({"maps": torch.zeros(4, 5)}, "images must be (N, 3, H, W) and maps (N, H, W)"),
         ({"images": torch.zeros(1, 4, 4)}, "images must be (N, 3, H, W) and maps (N, H, W)"),

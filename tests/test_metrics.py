@@ -83,15 +83,28 @@ def test_a_branch_that_no_score_depends_on(device):
             return self.head(x.flatten(1))
 
     net = Branch().double().eval().to(device)
-    assert metrics.score_decomposition(net, "trunk", images(device), 0).residual.abs().max() <= 1e-12
+    for target in (0, torch.tensor([[0, 1, 1]] * 3)):
+        assert metrics.score_decomposition(net, "trunk", images(device), target).residual.abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("module", (lambda: nn.BatchNorm2d(4), lambda: nn.Dropout(0.5)))
 def test_training_mode_is_refused(module, device):
     net = seeded(lambda: nn.Conv2d(3, 4, 3), module, nn.Flatten, lambda: nn.Linear(144, 5)).to(device)
     net[1].train()
-    with pytest.raises(ValueError, match="model must be in evaluation mode, got '1' in training mode"):
-        metrics.score_decomposition(net, "0", images(device), 0)
+    for call in (metrics.score_decomposition, metrics.channel_drops, lambda *a: dlu_triton.AblationCAM(*a[:2])(*a[2:])):
+        with pytest.raises(ValueError, match="model must be in evaluation mode, got '1' in training mode"):
+            call(net, "0", images(device), 0)
+
+
+def test_one_layer_of_one_explanation(device):
+    net, x = convolutional().to(device), images(device)
+    for call in (metrics.score_decomposition, metrics.channel_drops):
+        with pytest.raises(ValueError, match="layer must be one layer, got 2"):
+            call(net, ["0", "3"], x, 0)
+    fused = dlu_triton.XGradCAM(net, ["0", "3"], fuse="mean")(x, 0)
+    for call in (metrics.conservation, lambda explanation: metrics.sensitivity(explanation, x)):
+        with pytest.raises(TypeError, match="explanation must be an Explanation, of one layer, got FusedExplanation"):
+            call(fused)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=("N", "NK"))

@@ -220,6 +220,8 @@ def test_recipe_leaves_nothing_behind(recipe, model, images):
 def test_recipe_refuses_eigen_smooth(recipe, model, images):
     with pytest.raises(NotImplementedError, match="eigen_smooth"):
         recipe(model, [model.late])(images, None, eigen_smooth=True)
+    with pytest.raises(NotImplementedError, match="reshape_transform"):
+        recipe(model, [model.late], reshape_transform=lambda x: x.mT)(images, None)
 
 
 def test_recipe_with_two_layers(grad_cam, recipe, model, images):

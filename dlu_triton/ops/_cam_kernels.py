@@ -266,12 +266,11 @@ def _load_raw(raw_ptr, y, x, width, valid, RELU: tl.constexpr):
 
 
 @triton.jit
-def _output_pixels(
-    raw_ptr, index, valid, height, width, out_height, out_width,
+def _map_pixels(
+    raw_ptr, y, x, valid, height, width, out_height, out_width,
     RELU: tl.constexpr, RESIZE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of the map before its normalisation. [P]"""
-    y, x = index // out_width, index % out_width
+    """Pixels (y, x) of the map before its normalisation. [O]"""
     if RESIZE:
         y0, y1, fy = _source(y, height, out_height, ACC)
         x0, x1, fx = _source(x, width, out_width, ACC)
@@ -284,11 +283,19 @@ def _output_pixels(
         return _load_raw(raw_ptr, y, x, width, valid, RELU)
 
 
+@triton.jit
+def _corner(index, size, out_size, ACC: tl.constexpr):
+    """The last output before source pixel index // 2, or for odd numbers the first one from there on."""
+    boundary = (index // 2).to(ACC)
+    first = tl.ceil((boundary + 0.5) * _divide(out_size.to(ACC), size.to(ACC), ACC) - 0.5).to(tl.int32)
+    return tl.minimum(tl.maximum(first - 1 + index % 2, 0), out_size - 1)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def cam_finish(
     partials_ptr, raw_ptr, map_ptr,
     slices, height, width, out_height, out_width, tiles, outputs_per_program,
-    RELU: tl.constexpr, RESIZE: tl.constexpr, NORMALIZE: tl.constexpr,
+    RELU: tl.constexpr, RESIZE: tl.constexpr, NORMALIZE: tl.constexpr, CORNERS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Partial maps -> raw map and map, of which a program writes `outputs_per_program` pixels.
@@ -321,22 +328,32 @@ def cam_finish(
         tl.debug_barrier()  # the raw map is read back below, by other threads of the program
 
     if NORMALIZE:
+        # A resized map is bilinear between source pixels, so its extremes are among the outputs next to them.
+        columns, candidates = out_width, outputs
+        if CORNERS:
+            columns = 2 * (width + 1)
+            candidates = 2 * (height + 1) * columns
         lowest = tl.full([BLOCK_O], float("inf"), ACC)
         highest = tl.full([BLOCK_O], float("-inf"), ACC)
         unordered = tl.zeros([BLOCK_O], tl.int32)  # minimum and maximum drop NaN
-        for first in range(0, outputs, BLOCK_O):
+        for first in range(0, candidates, BLOCK_O):
             index = first + tl.arange(0, BLOCK_O)  # [O]
-            valid = index < outputs
-            x = _output_pixels(raw_ptr, index, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
-            unordered += (valid & (x != x)).to(tl.int32)
-            lowest = tl.minimum(lowest, tl.where(valid, x, float("inf")))
-            highest = tl.maximum(highest, tl.where(valid, x, float("-inf")))
+            valid = index < candidates
+            y, x = index // columns, index % columns
+            if CORNERS:
+                y, x = _corner(y, height, out_height, ACC), _corner(x, width, out_width, ACC)
+            value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+            unordered += (valid & (value != value)).to(tl.int32)
+            lowest = tl.minimum(lowest, tl.where(valid, value, float("inf")))
+            highest = tl.maximum(highest, tl.where(valid, value, float("-inf")))
         low, high = tl.min(lowest, 0), tl.max(highest, 0)
         span = tl.where(tl.max(unordered, 0) > 0, float("nan"), high - low)
     for first in range(start, stop, BLOCK_O):
         index = first + tl.arange(0, BLOCK_O)  # [O]
         valid = index < stop
-        x = _output_pixels(raw_ptr, index, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+        y, x = index // out_width, index % out_width
+        value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
         if NORMALIZE:
-            x = tl.where(span == 0, 0.0, _divide(x - low, tl.where(span == 0, 1.0, span), ACC))
-        tl.store(map_ptr + index, x, mask=valid)
+            value = tl.where(span == 0, 0.0, _divide(value - low, tl.where(span == 0, 1.0, span), ACC))
+            value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # the extremes are exact up to rounding
+        tl.store(map_ptr + index, value, mask=valid)

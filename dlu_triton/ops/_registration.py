@@ -1,5 +1,6 @@
 """What the registered operators share: joining an op with its backward op, and the alert about atomics."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,17 @@ def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
         return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
 
     op.register_autograd(backward, setup_context=setup_context)
+    backward_op.register_vmap(functools.partial(_one_by_one, backward_op))
+
+
+def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Several backward passes at once, as `torch.vmap` asks for: a loop."""
+    results = [
+        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    gradients = [torch.stack(each) for each in zip(*results, strict=True)]
+    return gradients, [0] * len(gradients)
 
 
 def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]], *, tensors: int) -> None:
@@ -53,7 +65,11 @@ def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]
                 for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
             ]
             outputs = zip(twin(*inputs, *ctx.others), grad_outputs, strict=True)
-            pairs = [(output, grad) for output, grad in outputs if output is not None and grad is not None]
+            pairs = [
+                (output, grad)
+                for output, grad in outputs
+                if output is not None and output.requires_grad and grad is not None
+            ]
         if not pairs:
             return (None,) * (tensors + len(ctx.others))
         gradients = iter(

@@ -44,11 +44,13 @@ def _partial_maps(
     raw: Tensor,
 ) -> Tensor:
     """Weighted sums over slices of the channels: (N, K, slices, h, w), which is `raw` where one slice is enough."""
+    if weights is not None:
+        method, eps = "xgradcam", 0.0  # of no effect, and so one kernel for all
     n, c, h, w = activations.shape
     classes = (gradients if weights is None else weights).shape[1]
     tile = _launch.plane_tile(activations, gradients)
     tiles = triton.cdiv(h * w, tile.pixels)
-    slices, per_program = _launch.shares(n * classes * tiles, c, tile.channels)
+    slices, per_program = _launch.map_slices(n * classes * tiles, c, tile, h * w)
     partials = (
         raw.unsqueeze(2) if slices == 1 else torch.empty((n, classes, slices, h, w), dtype=raw.dtype, device=raw.device)
     )
@@ -66,16 +68,19 @@ def _partial_maps(
     return partials
 
 
-def _finish(partials: Tensor, raw: Tensor, cam: Tensor, relu: bool, resize: bool, normalize: bool) -> None:
+def _finish(
+    partials: Tensor, raw: Tensor, cam: Tensor, channels: int, relu: bool, resize: bool, normalize: bool
+) -> None:
     """Write the raw map (N, K, h, w) and the map (N, K, H, W) from partial maps (N, K, slices, h, w)."""
     n, classes, slices, h, w = partials.shape
     height, width = cam.shape[2:]
-    tiles, per_program = _launch.shares(n * classes, height * width, _launch.FINISHING_BLOCKS["BLOCK_O"])
+    tiles, per_program = _launch.finishing_tiles(n * classes, height * width, slices, channels)
+    corners = 4 * (h + 1) * (w + 1) < height * width
     with torch.cuda.device_of(partials):
         _cam_kernels.cam_finish[(n * classes * tiles,)](
             None if slices == 1 else partials, raw, cam,
             slices, h, w, height, width, tiles, per_program,
-            RELU=relu, RESIZE=resize, NORMALIZE=normalize,
+            RELU=relu, RESIZE=resize, NORMALIZE=normalize, CORNERS=normalize and resize and corners,
             **_launch.FINISHING_BLOCKS, **_launch.accumulator(cam.dtype),
         )  # fmt: skip
 
@@ -113,7 +118,7 @@ def class_activation_map_op(
         weights = kept[0] if method in _checks.WEIGHING_METHODS else None
         kept = (None, None, None)
     partials = _partial_maps(activations, None if weights is not None else gradients, weights, method, eps, kept, raw)
-    _finish(partials, raw, cam, relu, size is not None, normalize)
+    _finish(partials, raw, cam, activations.shape[1], relu, size is not None, normalize)
     return cam, raw, *results
 
 
@@ -159,7 +164,7 @@ def weighted_activation_map_op(
     cam, raw, *_ = _new_results(activations, weights, "xgradcam", size, wants_channels=False)
     if activations.shape[0] > 0:
         partials = _partial_maps(activations, None, weights, "xgradcam", 0.0, (None, None, None), raw)
-        _finish(partials, raw, cam, relu, size is not None, normalize)
+        _finish(partials, raw, cam, activations.shape[1], relu, size is not None, normalize)
     return cam
 
 
@@ -224,7 +229,7 @@ def class_activation_parts(
     """
     if not _launch.runs_kernels(activations):
         return reference.class_activation_parts(activations, gradients, method, eps, relu, size, normalize)
-    _checks.class_activation_map(activations, gradients, method, eps, size)
+    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     return _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=True)
 
 
@@ -280,7 +285,7 @@ def class_activation_map(
         return reference.class_activation_map(
             activations, gradients, method, eps, relu, size, normalize, return_weights
         )
-    _checks.class_activation_map(activations, gradients, method, eps, size, return_weights)
+    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
     parts = _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=return_weights)
     return (parts.map, parts.weights) if return_weights else parts.map
 
@@ -323,7 +328,7 @@ def weighted_activation_map(
     """
     if not _launch.runs_kernels(activations):
         return reference.weighted_activation_map(activations, weights, relu, size, normalize)
-    _checks.weighted_activation_map(activations, weights, size)
+    _checks.weighted_activation_map(activations, weights, relu, size, normalize)
     _checks.kernel_device("activations", activations)
     several = weights.dim() == 3
     size = _checks.map_size(size)
