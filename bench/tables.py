@@ -34,12 +34,13 @@ def explanations(figures: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     (reference,) = (key.removeprefix("against ") for key in figures if key.startswith("against "))
     verdicts = []
-    for title, each in zip(columns.values(), figures[f"against {reference}"].values(), strict=True):
+    words = {"tie": ("ties", "tie"), "better": ("is better", "are better"), "worse": ("is worse", "are worse")}
+    for title, found in zip(columns.values(), figures[f"against {reference}"].values(), strict=True):
         parts = []
-        for verdict in ("tie", "better", "worse"):
-            names = [name for name, found in each.items() if found == verdict and name in figures["methods"]]
+        for verdict, (one, several) in words.items():
+            names = [name for name, each in found.items() if each == verdict]
             if names:
-                parts.append(f"{verdict} {', '.join(names)}")
+                parts.append(f"{', '.join(names)} {one if len(names) == 1 else several}")
         verdicts.append(f"- {title}: {'; '.join(parts)}.")
     versions = figures["versions"]
     lines += [

@@ -206,7 +206,13 @@ def test_training_on_the_eager_path(module):
 
 
 def test_public_names():
-    assert set(dlu_triton.__all__) == {
-        "CARAFE", "CARAFEPack", "DLUPack", "carafe", "dlu_upsample", "expand_kernels", "reference",
+    operators = {
+        "carafe", "class_activation_map", "class_activation_parts", "dlu_upsample", "expand_kernels",
+        "weighted_activation_map", "xgrad_cam",
     }  # fmt: skip
-    assert set(reference.__all__) == {"carafe", "dlu_upsample", "expand_kernels"}
+    assert set(dlu_triton.__all__) == operators | {
+        "CARAFE", "CARAFEPack", "DLUPack",
+        "AblationCAM", "GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "XGradCAM",
+        "CAMParts", "Explanation", "FusedExplanation", "metrics", "overlay", "reference",
+    }  # fmt: skip
+    assert set(reference.__all__) == operators | {"CAMParts"}
