@@ -152,6 +152,14 @@ def test_work_shared_between_programs(large, enough, device, monkeypatch):
             assert_parts_equal(found, reference.class_activation_parts(a, g, method, **options))
 
 
+def test_more_slices_than_are_added_at_a_time(device):
+    a, g = planes(1, 100, 32, 32, device=device)
+    slices, _ = _launch.map_slices(1, 100, _launch.plane_tile(a, g), 32 * 32)
+    assert slices > _launch.FINISHING_BLOCKS["BLOCK_S"]
+    found = dlu_triton.class_activation_parts(a, g, size=(40, 30))
+    assert_parts_equal(found, reference.class_activation_parts(a, g, size=(40, 30)))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Layouts
 # ---------------------------------------------------------------------------------------------------------------
