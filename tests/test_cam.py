@@ -152,6 +152,21 @@ def test_work_shared_between_programs(large, enough, device, monkeypatch):
             assert_parts_equal(found, reference.class_activation_parts(a, g, method, **options))
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 256, 56, 56), (8, 256, 56, 56), (64, 256, 56, 56), (1, 2048, 7, 7), (1, 3, 9, 9)]
+)
+def test_finishing_reads_no_more_than_half_of_the_inputs(shape):
+    """All programs that finish a map read all its partial maps."""
+    n, c, h, w = shape
+    a = torch.empty(shape, device="meta")
+    slices, per_program = _launch.map_slices(n, c, _launch.plane_tile(a, a), h * w)
+    assert (slices - 1) * per_program < c <= slices * per_program
+    assert slices * h * w <= max(_launch.MOST_PARTIAL_PIXELS, h * w)
+    tiles, outputs = _launch.finishing_tiles(n, 224 * 224, slices, c)
+    assert (tiles - 1) * outputs < 224 * 224 <= tiles * outputs
+    assert slices == 1 or tiles * slices <= c
+
+
 def test_more_slices_than_are_added_at_a_time(device):
     a, g = planes(1, 100, 32, 32, device=device)
     slices, _ = _launch.map_slices(1, 100, _launch.plane_tile(a, g), 32 * 32)
