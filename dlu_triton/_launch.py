@@ -155,10 +155,10 @@ def channel_block(dtype: torch.dtype, channels_per_group: int) -> int:
     return max(16, min(widest, triton.next_power_of_2(channels_per_group)))
 
 
-def shares(programs: int, items: int, block: int) -> tuple[int, int]:
-    """Among how many programs each of `programs` is divided, and how many of its `items` each of these takes."""
+def shares(programs: int, items: int, block: int, most: int | None = None) -> tuple[int, int]:
+    """How many programs, at most `most`, share the work of each of `programs`, and how many `items` each takes."""
     blocks = triton.cdiv(items, block)
-    wanted = min(blocks, triton.cdiv(ENOUGH_PROGRAMS, max(programs, 1)))
+    wanted = min(blocks, triton.cdiv(ENOUGH_PROGRAMS, max(programs, 1)), most or blocks)
     per_program = triton.cdiv(blocks, wanted) * block
     return triton.cdiv(items, per_program), per_program
 
@@ -176,7 +176,7 @@ class PlaneTile(NamedTuple):
         return {"BLOCK_C": self.channels, "BLOCK_P": self.pixels, "num_warps": warps, **most_registers()}
 
 
-# Pixels of all partial maps of one map, which every program that finishes it may have to read.
+# Pixels of all partial maps of one map, which every program that finishes it may have to read. Not measured.
 MOST_PARTIAL_PIXELS = 2**16
 
 # Slices, raw pixels and output pixels that a finishing program takes at a time.
@@ -196,6 +196,18 @@ def plane_tile(activations: Tensor, gradients: Tensor | None) -> PlaneTile:
         block_p = 128 if innermost else 1024
     block_c = min(most // block_p, triton.next_power_of_2(c))
     return PlaneTile(block_c, block_p, whole)
+
+
+def map_slices(programs: int, channels: int, tile: PlaneTile, pixels: int) -> tuple[int, int]:
+    """Slices of the channels, and channels of each; the partial maps stay small."""
+    return shares(programs, channels, tile.channels, max(1, MOST_PARTIAL_PIXELS // pixels))
+
+
+def finishing_tiles(maps: int, outputs: int, slices: int, channels: int) -> tuple[int, int]:
+    """Programs that finish a map, and outputs of each. All of them add up the partial maps of all slices, which must
+    not come to more than half of what was read for them. Not measured."""
+    most = None if slices == 1 else max(1, channels // slices)
+    return shares(maps, outputs, FINISHING_BLOCKS["BLOCK_O"], most)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,26 +252,6 @@ def plane(tensor: Tensor | None) -> tuple[Any, ...]:
     elif row == w * column:
         row = None
     return (tensor, *outer, row, column, w)
-
-
-def map_slices(programs: int, channels: int, tile: PlaneTile, pixels: int) -> tuple[int, int]:
-    """Slices of the channels, and channels of each: as `shares`, but the partial maps stay small (not measured)."""
-    slices, per_program = shares(programs, channels, tile.channels)
-    most = max(1, MOST_PARTIAL_PIXELS // pixels)
-    if slices > most:
-        per_program = triton.cdiv(triton.cdiv(channels, tile.channels), most) * tile.channels
-    return triton.cdiv(channels, per_program), per_program
-
-
-def finishing_tiles(maps: int, outputs: int, slices: int, channels: int) -> tuple[int, int]:
-    """Programs that finish a map, and outputs of each. All of them add up the partial maps of all slices, which must
-    not come to more than half of what was read for them (not measured)."""
-    tiles, per_program = shares(maps, outputs, FINISHING_BLOCKS["BLOCK_O"])
-    most = tiles if slices == 1 else max(1, channels // slices)
-    if tiles > most:
-        blocks = triton.cdiv(outputs, FINISHING_BLOCKS["BLOCK_O"])
-        per_program = triton.cdiv(blocks, most) * FINISHING_BLOCKS["BLOCK_O"]
-    return triton.cdiv(outputs, per_program), per_program
 
 
 def plane_load(tensor: Tensor | None, tile: PlaneTile) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,10 +32,7 @@ class _Shown:
     """A repr of shapes instead of values."""
 
     def __repr__(self) -> str:
-        shown = {
-            field.name: tuple(value.shape) if isinstance(value := getattr(self, field.name), Tensor) else value
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-        }
+        shown = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
@@ -290,14 +286,13 @@ class AblationCAM(_Explainer):
             )
             wide = torch.promote_types(activations.dtype, torch.float32)
             weights = drops.to(wide) / scores.to(wide).masked_fill(scores == 0, torch.inf).unsqueeze(-1)
-            planes = activations.to(wide)
-            total, magnitude = planes.sum((2, 3)), planes.abs().sum((2, 3))
+            total = activations.sum((2, 3), dtype=wide)
             parts = CAMParts(
                 weighted_activation_map(activations, weights, relu, size, normalize),
                 weighted_activation_map(activations, weights, relu=False),
                 weights,
                 weights * (total if weights.dim() == 2 else total.unsqueeze(1)),
-                torch.where(magnitude == 0, 1, total.abs() / magnitude),
+                reference.cancellation(activations),
             )
             explanations.append(_explanation(parts, output, scores, rule))
         return explanations
@@ -309,16 +304,13 @@ def _explanation(parts: CAMParts, output: Any, scores: Tensor, rule: _capture.Sc
 
 
 def _fused(explanations: Sequence[Explanation], size: tuple[int, int], relu: bool, normalize: bool) -> FusedExplanation:
+    several = explanations[0].raw.dim() == 4
     maps = []
     for explanation in explanations:
-        several = explanation.raw.dim() == 4
         raw = explanation.raw if several else explanation.raw.unsqueeze(1)
-        cam = reference.finish(reference.finish(raw, relu, None, True), False, size, False)
-        maps.append(cam if several else cam.squeeze(1))
-    cam = torch.stack(maps).mean(0)
-    if normalize:
-        low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
-        cam = (cam - low) / (high - low).masked_fill(high == low, torch.inf)
+        maps.append(reference.finish(reference.finish(raw, relu, None, True), False, size, False))
+    cam = reference.finish(torch.stack(maps).mean(0), False, None, normalize)
+    cam = cam if several else cam.squeeze(1)
     first = explanations[0]
     dead = torch.stack([explanation.dead for explanation in explanations]).all(0)
     return FusedExplanation(cam, tuple(explanations), first.logits, first.scores, first.target, dead)

@@ -121,9 +121,7 @@ def class_activation_parts(
     else:
         shares = {"hirescam": g * a, "layercam": g.relu() * a, "elementwise": (g * a).relu()}[method]
         raw, contributions = shares.sum(2), shares.sum((3, 4))
-    magnitude = a.abs().sum((3, 4))
-    cancellation = torch.where(magnitude == 0, 1, _ratio(total.abs(), magnitude)).squeeze(1)
-    parts = CAMParts(finish(raw, relu, size, normalize), raw, weights, contributions, cancellation)
+    parts = CAMParts(finish(raw, relu, size, normalize), raw, weights, contributions, cancellation(activations))
     return parts if gradients.dim() == 5 else one_map(parts)
 
 
@@ -168,6 +166,13 @@ def weighted_activation_map(
     raw = _weighted_sum(activations, weights.unsqueeze(1) if weights.dim() == 2 else weights)
     cam = finish(raw, relu, size, normalize)
     return cam if weights.dim() == 3 else cam.squeeze(1)
+
+
+def cancellation(activations: Tensor) -> Tensor:
+    """|sum of A| / sum of |A| of each channel: (N, C, h, w) -> (N, C); 1 for a dead channel."""
+    a = activations.to(_wide(activations.dtype))
+    magnitude = a.abs().sum((2, 3))
+    return torch.where(magnitude == 0, 1, _ratio(a.sum((2, 3)).abs(), magnitude))
 
 
 def one_map(parts: CAMParts) -> CAMParts:

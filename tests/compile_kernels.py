@@ -167,8 +167,18 @@ def resources(kernel, target: GPUTarget) -> dict:
     usage["registers"] = int(found["REG"])
     usage["local"] = int(found["STACK"]) + int(found["LOCAL"])
     usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE)
+    opcodes = [opcode for _, opcode, _ in found]
     usage["instructions"] = len(opcodes)
+    addresses = [int(address, 16) for address, _, _ in found]
+    jumps = [
+        (int(target[1], 16), int(address, 16))
+        for address, opcode, operands in found
+        if opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    usage["longest_loop"] = max(
+        (sum(start <= address <= end for address in addresses) for start, end in jumps if start < end), default=0
+    )
     usage["tensor_core"] = sum(re.match(r"(H|D|Q|UTCH|UTCQ)G?MMA", opcode) is not None for opcode in opcodes)
     return usage
 

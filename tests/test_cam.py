@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import channels_last, expanded, scalar, sliced, tokens, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlu_triton
@@ -180,32 +181,7 @@ def test_more_slices_than_are_added_at_a_time(device):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def sliced(x):
-    large = x.new_full([2 * size + 1 for size in x.shape], float("nan"))
-    large[1::2, 1::2, 1::2, 1::2] = x
-    return large[1::2, 1::2, 1::2, 1::2]
-
-
-def transposed(x):
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def tokens(x):
-    """A grid of tokens (N, T, C) after a class token of NaN."""
-    n, c, h, w = x.shape
-    sequence = torch.cat([x.new_full((n, 1, c), float("nan")), x.flatten(2).transpose(1, 2)], 1)
-    return sequence[:, 1:].transpose(1, 2).unflatten(2, (h, w))
-
-
-def expanded(x):
-    return x[:1, :, :1, :1].expand_as(x)
-
-
-LAYOUTS = (channels_last, sliced, transposed, tokens, expanded)
+LAYOUTS = (channels_last, sliced, transposed, tokens, expanded, scalar)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from layouts import channels_last, expanded, scalar, sliced, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlu_triton
@@ -74,32 +75,6 @@ def test_channels_shared_between_programs(operator, device, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------
 # Memory layouts
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def sliced(x):
-    """Every second element of a larger tensor, in all dimensions, NaN in between."""
-    large = x.new_full([2 * size + 1 for size in x.shape], float("nan"))
-    large[1::2, 1::2, 1::2, 1::2] = x
-    return large[1::2, 1::2, 1::2, 1::2]
-
-
-def transposed(x):
-    """Height innermost."""
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def expanded(x):
-    """One image and one column for all, by stride 0."""
-    return x[:1, :, :, :1].expand_as(x)
-
-
-def scalar(x):
-    """One value for all: the gradient that `.sum()` sends back."""
-    return x[:1, :1, :1, :1].expand_as(x)
 
 
 LAYOUTS = (channels_last, sliced, transposed, expanded, scalar)

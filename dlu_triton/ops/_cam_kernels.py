@@ -8,7 +8,8 @@ one program, `cam_channels` finds the weights in a launch of its own before them
 import triton
 import triton.language as tl
 
-# Sizes that vary from call to call select no new compilation by themselves.
+# Sizes that vary from call to call select no new compilation by themselves. `pixels` does by its alignment, as the
+# stride of a channel does: masks on it then leave loads whole.
 _SIZES = [
     "channels", "width_a", "width_g", "classes", "tiles", "slices", "blocks_per_program",
     "height", "width", "out_height", "out_width", "outputs_per_program",

@@ -1,0 +1,36 @@
+"""Tensors of the same values in other memory layouts."""
+
+import torch
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sliced(x):
+    """Every second element of a larger tensor, in all dimensions, NaN in between."""
+    large = x.new_full([2 * size + 1 for size in x.shape], float("nan"))
+    large[1::2, 1::2, 1::2, 1::2] = x
+    return large[1::2, 1::2, 1::2, 1::2]
+
+
+def transposed(x):
+    """Height innermost."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def expanded(x):
+    """One image and one column for all, by stride 0."""
+    return x[:1, :, :, :1].expand_as(x)
+
+
+def scalar(x):
+    """One value for all: the gradient that `.sum()` sends back."""
+    return x[:1, :1, :1, :1].expand_as(x)
+
+
+def tokens(x):
+    """A grid of tokens (N, T, C) after a class token of NaN."""
+    n, c, h, w = x.shape
+    sequence = torch.cat([x.new_full((n, 1, c), float("nan")), x.flatten(2).transpose(1, 2)], 1)
+    return sequence[:, 1:].transpose(1, 2).unflatten(2, (h, w))
