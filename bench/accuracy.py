@@ -1,14 +1,18 @@
-"""How far results are from float64, and how far they may be."""
+"""Passes through an operator, how far their results are from float64, and how far they may be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from cases import Case
+import torch._functorch.config
+from cases import BACKWARD, CONTEXT, FORWARD, Case
 from torch import Tensor
 
 # Rounding that the eager twin may happen not to show, in units of the largest true value.
 FLOOR = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 1e-6, "float64": 1e-13}
+# For code of others, which may sum in half precision or sample at coordinates of float32: enough to see a wrong result.
+FOREIGN = {"bfloat16": 0.1, "float16": 0.03, "float32": 1e-4, "float64": 1e-4}
+CHUNK = 2**25  # elements of the output that are compared at a time, so that float64 fits into memory
 
 
 class Error(NamedTuple):
@@ -18,53 +22,77 @@ class Error(NamedTuple):
     eager: float
 
 
-def evaluate(
-    function: Callable[..., Tensor], case: Case, direction: str, tensors: Sequence[Tensor], gradient: Tensor
-) -> tuple[Tensor, ...]:
-    """The output and, after a backward pass, the gradient of every tensor."""
-    if direction == "forward":
-        with torch.no_grad():
-            return (function(*tensors, case.scale, case.kernel),)
-    output = function(*tensors, case.scale, case.kernel)
-    return output.detach(), *torch.autograd.grad(output, tensors, gradient)
+def ready(
+    function: Callable[..., Tensor], direction: str, tensors: Sequence[Tensor], gradient: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A pass that can be run again and again. It returns the output, but for `backward`, then every gradient.
+
+    Of `backward` the graph is built here, and kept.
+    """
+    if direction == BACKWARD:
+        # torch.compile would have the backward pass write over what the graph keeps.
+        with torch._functorch.config.patch(donated_buffer=False):
+            kept = function(*tensors)
+        return lambda: torch.autograd.grad(kept, tensors, gradient, retain_graph=True)
+
+    def call() -> tuple[Tensor, ...]:
+        if direction == FORWARD:
+            with torch.no_grad():
+                return (function(*tensors),)
+        output = function(*tensors)
+        return output.detach(), *torch.autograd.grad(output, tensors, gradient)
+
+    return call
 
 
 def errors(
     definition: Callable[..., Tensor],
-    case: Case,
     direction: str,
     tensors: Sequence[Tensor],
     gradient: Tensor,
     results: Sequence[Tensor],
+    images: int | None,
 ) -> list[Error]:
-    """Errors of what `evaluate` returned, against the definition in float64.
+    """Errors of what a pass returned, against the definition in float64, for that many images at a time.
 
-    Images do not depend on each other: one at a time is compared, so that float64 fits into memory.
+    None compares the whole batch at once, as parameters need, whose gradients are sums over it.
     """
-    peaks = []  # per image and tensor: largest true value, error of the result, error of the definition in this type
-    for n in range(case.n):
-        upstream = gradient[n : n + 1]
-        inputs = [tensor.detach()[n : n + 1].requires_grad_() for tensor in tensors]
-        doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-        eager = evaluate(definition, case, direction, inputs, upstream)
-        truth = evaluate(definition, case, direction, doubles, upstream.double())
-        for result, twin in zip(results, eager, strict=True):
-            if (result.dtype, result.shape[1:], len(result)) != (twin.dtype, twin.shape[1:], case.n):
-                raise ValueError(f"{result.dtype} {tuple(result.shape)} is not a batch of {twin.dtype} {twin.shape}")
-        images = [result[n : n + 1] for result in results]
-        peaks.append([_peaks(*row) for row in zip(truth, images, eager, strict=True)])
+    peaks = []  # per chunk and result: largest true value, error of the result, error of the definition in this type
+    count = len(tensors)
+    for chunk in zip(*(_chunks(tensor.detach(), images) for tensor in (*tensors, gradient, *results)), strict=True):
+        inputs, upstream, found = chunk[:count], chunk[count], chunk[count + 1 :]
+        eager = ready(definition, direction, _leaves(inputs), upstream)()
+        truth = ready(definition, direction, _leaves(tensor.double() for tensor in inputs), upstream.double())()
+        for result, twin in zip(found, eager, strict=True):
+            if (result.dtype, result.shape) != (twin.dtype, twin.shape):
+                raise ValueError(f"expected {twin.dtype} {tuple(twin.shape)}, got {result.dtype} {tuple(result.shape)}")
+        peaks.append([_peaks(*row) for row in zip(truth, found, eager, strict=True)])
     largest = torch.tensor(peaks, dtype=torch.float64).amax(dim=0)  # amax keeps a NaN
     return [Error(result / true, eager / true) for true, result, eager in largest.tolist()]
 
 
-def limit(op: str, case: Case, eager: float) -> float:
+def chunk_images(case: Case) -> int:
+    return max(1, CHUNK // (case.c * case.h * case.w * case.scale**2))
+
+
+def limit(op: str, case: Case, eager: float, *, foreign: bool) -> float:
     """Largest error that an implementation may have, next to that of the eager twin in the same type."""
     floor = FLOOR[case.dtype]
     if op == "copy":
         return 0.0
-    if op == "interpolate":  # has no twin; the more outputs share a source pixel, the more its gradient is rounded
-        return 4 * case.scale * floor
-    return 4 * eager + floor
+    if op in CONTEXT:
+        # The more outputs share a source pixel, the more its gradient is rounded. Coordinates of DySample, which are
+        # normalised, are rounded by a few units in the last place of the size of the image.
+        return 4 * case.scale * floor + (4e-7 * max(case.h, case.w) if op == "dysample" else 0)
+    return max(4 * eager + floor, FOREIGN[case.dtype] if foreign else 0)
+
+
+def _chunks(tensor: Tensor, images: int | None) -> Sequence[Tensor]:
+    return (tensor,) if images is None else tensor.split(images)
+
+
+def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.requires_grad_() for tensor in tensors]
 
 
 def _peaks(truth: Tensor, result: Tensor, eager: Tensor) -> list[float]:

@@ -1,5 +1,6 @@
 """What is run of the class activation maps: the shapes, and the random tensors of a shape."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -85,12 +86,32 @@ FULL_EXPLANATIONS = [
 ]
 
 
-def selection(device: str, *, full: bool) -> list[CAMCase]:
-    return CPU if device == "cpu" else list(dict.fromkeys(FULL if full else QUICK))
+# Where torch.compile takes part, as it takes some 7 seconds a case.
+COMPILED = [
+    *CPU,
+    *(CAMCase(n, *RESNET) for n in (1, 64)),
+    CAMCase(64, *RESNET, dtype="bfloat16", layout="channels_last"),
+    CAMCase(64, *VITB, dtype="bfloat16", layout="tokens"),
+    CAMCase(64, *EARLY),
+]
 
 
-def explanations(device: str, *, full: bool) -> list[ExplanationCase]:
-    return CPU_EXPLANATIONS if device == "cpu" else FULL_EXPLANATIONS if full else QUICK_EXPLANATIONS
+SELECTIONS = {
+    "interpreted": (CPU, []),
+    "cpu": (CPU, CPU_EXPLANATIONS),
+    "quick": (QUICK, QUICK_EXPLANATIONS),
+    "full": (FULL, FULL_EXPLANATIONS),
+}
+
+
+def selection(name: str, implementations: Iterable[str]) -> list[tuple[CAMCase, str]]:
+    """Pairs of case and implementation, those of a case together."""
+    selected = dict.fromkeys(SELECTIONS[name][0])
+    return [(case, impl) for case in selected for impl in implementations if impl != "compiled" or case in COMPILED]
+
+
+def explanations(name: str) -> list[ExplanationCase]:
+    return SELECTIONS[name][1]
 
 
 def inputs(case: CAMCase, device: str) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,14 @@ Of the libraries only their own code runs, on the tensors or the network that ou
 as in torchcam 0.5.0 and grad-cam 1.5.7.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache
-from types import ModuleType
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from cam_cases import IMAGE
+from libraries import library
 from torch import Tensor, nn
 
 import dlu_triton
@@ -21,29 +19,6 @@ import dlu_triton
 EPS = 1e-6
 TORCHCAM = {"xgradcam": "XGradCAM", "gradcam": "GradCAM"}  # its GradCAMpp is another formula, HiResCAM is missing
 GRAD_CAM = {"xgradcam": "XGradCAM", "gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "hirescam": "HiResCAM"}
-
-_schemas = []  # a library's definitions go with it
-
-
-class MissingError(Exception):
-    """A rival is not installed, or does not have the method."""
-
-
-@cache
-def library(name: str) -> ModuleType:
-    """Import a rival, which may need torchvision."""
-    with suppress(ImportError):
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:  # built for CUDA, beside a CPU build of torch: two operators that it looks up are missing
-            schemas = torch.library.Library("torchvision", "DEF")
-            for operator in ("nms", "qnms"):
-                schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _schemas.append(schemas)
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingError(str(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,7 +49,7 @@ def formula(activations: Tensor, gradients: Tensor, method: str) -> Tensor:
 def torchcam(method: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Weights, map, ReLU, normalisation; then the resize, which torchcam has where it fuses maps of several layers."""
     if method not in TORCHCAM:
-        raise MissingError(f"torchcam has no {method}")
+        raise NotImplementedError(f"torchcam has no {method}")
     extractor = getattr(library("torchcam.methods"), TORCHCAM[method])(nn.Sequential(nn.Identity()), "0")
     extractor._backprop = lambda *_, **__: None  # the gradients are there
 

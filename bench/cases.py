@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DYSAMPLE_GROUPS = 4  # of channels with offsets of their own, as its authors have
 
 
 class Case(NamedTuple):
@@ -24,65 +25,159 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{self.n}x{self.c}x{self.h}x{self.w}-x{self.scale}-k{self.kernel}-{self.dtype}-{self.layout}"
 
+    @property
+    def small(self) -> bool:
+        """Whether the device may be done before the host has launched the next call."""
+        return self.n <= 2 and self.h * self.w <= 26 * 42
 
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+TWICE, THRICE = (FORWARD, BOTH), (FORWARD, BACKWARD, BOTH)
+
+
+class Entry(NamedTuple):
+    """An operator at a case: the passes that are run, and what `triton` is compared with besides the copy.
+
+    `rivals` is one of `all`; `ready`, which is all but `compiled`, that takes 10 to 30 seconds to compile each pass;
+    `eager`; and `none`. Of an operator without `triton` all runs in any case.
+    """
+
+    op: str
+    case: Case
+    passes: tuple[str, ...] = TWICE
+    rivals: str = "ready"
+
+    def runs(self, impl: str) -> bool:
+        if self.rivals == "ready":
+            return impl != "compiled"
+        return self.rivals == "all" or impl in {"eager": ("triton", "eager"), "none": ("triton",)}[self.rivals]
+
+
+DLU, CARAFE, LOGITS, KERNELS = "dlu_upsample", "carafe", "carafe_upsample", "expand_kernels"
+CONTEXT = ("copy", "interpolate", "dysample")  # have no eager twin
 P2, P3, P4, P5 = (104, 168), (52, 84), (26, 42), (13, 21)  # levels of a feature pyramid under 832 x 1344 images
+HEADLINE = Case(8, 256, *P2)
+WIDE, HALF = HEADLINE._replace(dtype="float32"), HEADLINE._replace(dtype="float16")
+LAST = HEADLINE._replace(layout="channels_last")
+DTYPES = ("bfloat16", "float16", "float32")
+MASK_HEAD = (14, 14)
+YOLO = ((640, 20), (256, 20), (320, 40), (128, 40))
 
 # On a CPU: enough to see that everything runs. Few taps, for torch.compile to be done soon.
-CPU = {
-    "dlu_upsample": [
-        Case(1, 64, *P4, kernel=3, dtype="float32"),
-        Case(2, 32, *P5, scale=4, kernel=3, dtype="float32", layout="channels_last"),
-        Case(1, 64, *P5, kernel=3),
-    ],
-    "carafe": [Case(1, 64, *P4, kernel=3, dtype="float32")],
-}
+SMALL = Case(1, 64, *P4, kernel=3, dtype="float32")
+SMALL_LAST = Case(2, 32, *P5, scale=4, kernel=3, dtype="float32", layout="channels_last")
+CPU = [
+    Entry(DLU, SMALL, THRICE, "all"),
+    Entry(DLU, SMALL_LAST, (FORWARD,), "all"),
+    Entry(DLU, SMALL_LAST, (BOTH,)),
+    Entry(DLU, Case(1, 64, *P5, kernel=3)),
+    Entry(CARAFE, SMALL, TWICE, "all"),
+    Entry(LOGITS, SMALL, (FORWARD,), "all"),
+    Entry(LOGITS, SMALL, (BOTH,)),
+    Entry(KERNELS, SMALL),
+    Entry("interpolate", SMALL),
+    Entry("dysample", SMALL),
+    Entry("module", SMALL),
+    Entry("module", Case(1, 64, *P5, layout="channels_last")),
+]
 
-QUICK = {
-    "dlu_upsample": [
-        *(Case(8, 256, *P2, dtype=dtype) for dtype in ("bfloat16", "float16", "float32")),
-        Case(8, 256, *P2, layout="channels_last"),
-        *(Case(2, 256, *P3, dtype=dtype) for dtype in ("bfloat16", "float32")),
-        Case(2, 256, *P5),
-        Case(2, 64, *P3, scale=4),
-    ],
-    "carafe": [Case(8, 256, *P2, dtype=dtype) for dtype in ("bfloat16", "float32")],
-}
+# As tests of the kernels in Triton's interpreter: few programs.
+TINY = Case(1, 32, 4, 6, kernel=3, dtype="float32")
+INTERPRETED = [*(Entry(op, TINY, THRICE, "eager") for op in (DLU, CARAFE, LOGITS, KERNELS)), Entry("module", TINY)]
 
-FULL = {
-    "dlu_upsample": [
-        *QUICK["dlu_upsample"],
-        *(Case(n, 256, *size) for size in (P5, P4, P3, P2) for n in (1, 2, 4, 8, 16)),
-        *(Case(8, 256, *size, layout="channels_last") for size in (P5, P4, P3)),
-        *(Case(8, 256, *size, dtype=dtype) for size in (P5, P4, P3) for dtype in ("float16", "float32")),
-        Case(128, 256, 14, 14),  # mask head
-        Case(128, 256, 14, 14, layout="channels_last"),
-        *(Case(4, 512, size, size) for size in (16, 32, 64, 128)),  # UperNet
-        *(Case(2, 256, *size) for size in ((25, 42), (50, 84), (100, 167))),
-        Case(2, 256, 100, 167, layout="channels_last"),
-        *(Case(2, 256, *P4, scale=scale) for scale in (4, 8)),
-        Case(2, 256, *P5, scale=16),
-        Case(4, 384, 32, 32, kernel=3),
-        Case(1, 64, *P5, dtype="float64"),
-    ],
-    "carafe": [
-        *QUICK["carafe"],
-        *(Case(8, 256, *size) for size in (P5, P4, P3)),
-        Case(8, 256, *P2, layout="channels_last"),
-        Case(128, 256, 14, 14),
-        Case(2, 256, 100, 167),
-        Case(2, 256, *P4, scale=8),
-    ],
-}
+# On an H200 some 140 benchmarks at half a second and 4 compilations: 2.5 minutes by this estimate, which is not
+# measured. Class activation maps take about as long.
+QUICK = [
+    Entry(DLU, HEADLINE, TWICE, "all"),
+    Entry(DLU, HEADLINE, (BACKWARD,)),
+    Entry(DLU, WIDE, (FORWARD,), "all"),
+    Entry(DLU, WIDE, (BOTH,)),
+    *(Entry(DLU, case) for case in (LAST, HALF)),
+    *(Entry(DLU, Case(2, 256, *size)) for size in (P5, P4, P3)),
+    Entry(DLU, Case(2, 64, *P3, scale=4)),
+    Entry(CARAFE, HEADLINE, (FORWARD,), "all"),
+    Entry(CARAFE, HEADLINE, (BOTH,)),
+    Entry(CARAFE, WIDE),
+    *(Entry(LOGITS, case) for case in (HEADLINE, Case(2, 256, *P5))),
+    Entry(KERNELS, HEADLINE),
+    *(Entry("interpolate", case) for case in (HEADLINE, WIDE)),
+    Entry("dysample", HEADLINE),
+    *(Entry("module", case) for case in (HEADLINE, Case(2, 256, *P5))),
+]
+
+# Output elements from 10^4 to 10^9, for the time of each.
+SERIES = [*(Case(1, 256, size, size) for size in (3, 10, 32, 100, 316)), Case(10, 256, 316, 316)]
+
+# Some 800 benchmarks and 20 compilations: 13 minutes by the same estimate, and 8 of class activation maps.
+FULL = [
+    *QUICK,
+    *(Entry(DLU, HEADLINE._replace(dtype=dtype, layout=layout), TWICE, "all")
+      for layout in MEMORY_FORMATS for dtype in DTYPES),
+    *(Entry(DLU, case, (BACKWARD,)) for case in (WIDE, LAST)),
+    *(Entry(op, HEADLINE, (BACKWARD,)) for op in (CARAFE, LOGITS)),
+    Entry(DLU, Case(2, 256, *P5), (FORWARD,), "all"),
+    *(Entry(DLU, Case(n, 256, *size), TWICE, "eager") for size in (P5, P4, P3, P2) for n in (1, 4, 16)),
+    *(Entry(DLU, Case(8, 256, *size)) for size in (P5, P4, P3)),
+    *(Entry(DLU, Case(8, 256, *size, layout="channels_last"), TWICE, "eager") for size in (P5, P4, P3)),
+    *(Entry(DLU, Case(8, 256, *size, dtype=dtype), TWICE, "eager") for size in (P5, P4, P3) for dtype in DTYPES[1:]),
+    *(Entry(DLU, Case(n, 256, *MASK_HEAD)) for n in (1, 128)),
+    Entry(DLU, Case(1024, 256, *MASK_HEAD), TWICE, "eager"),
+    Entry(DLU, Case(128, 256, *MASK_HEAD, layout="channels_last"), TWICE, "eager"),
+    *(Entry(DLU, Case(4, 512, size, size)) for size in (16, 32, 64, 128)),  # UperNet
+    *(Entry(DLU, Case(2, 256, 128, 256, dtype=dtype)) for dtype in DTYPES[:2]),  # a quarter of crops of 512 x 1024
+    *(Entry(DLU, Case(8, c, size, size, dtype="float16")) for c, size in YOLO),
+    *(Entry(DLU, Case(n, 384, size, size, kernel=3)) for n, size in ((4, 32), (1, 112))),  # FeatUp
+    *(Entry(DLU, Case(2, c, *size, scale=scale)) for c in (256, 64) for size, scale in ((P4, 4), (P4, 8), (P5, 16))),
+    Entry(DLU, Case(2, 256, *P4, scale=4), (FORWARD,), "all"),
+    Entry(DLU, Case(8, 64, *P2)),
+    *(Entry(DLU, Case(2, 256, *size)) for size in ((25, 42), (50, 84), (100, 167))),
+    Entry(DLU, Case(2, 256, 100, 167, layout="channels_last"), TWICE, "eager"),
+    Entry(DLU, Case(1, 64, *P5, dtype="float64"), TWICE, "eager"),
+    *(Entry(DLU, case, (FORWARD,), "none") for case in SERIES),
+    Entry(CARAFE, HEADLINE, TWICE, "all"),
+    Entry(CARAFE, WIDE, (FORWARD,), "all"),
+    *(Entry(CARAFE, case) for case in (LAST, HALF)),
+    *(Entry(CARAFE, Case(8, 256, *size)) for size in (P5, P4, P3)),
+    *(Entry(CARAFE, Case(128, 256, *MASK_HEAD, dtype=dtype)) for dtype in DTYPES),
+    *(Entry(CARAFE, case) for case in (Case(2, 256, 100, 167), Case(2, 256, *P4, scale=8))),
+    Entry(LOGITS, HEADLINE, TWICE, "all"),
+    *(Entry(LOGITS, case) for case in (WIDE, LAST, HALF, Case(128, 256, *MASK_HEAD))),
+    *(Entry(LOGITS, Case(2, 256, *P4, scale=scale)) for scale in (4, 8)),
+    Entry(KERNELS, HEADLINE, (FORWARD,), "all"),
+    *(Entry(KERNELS, case) for case in (WIDE, LAST, Case(2, 256, *P5), Case(2, 256, *P4, scale=8))),
+    *(Entry("interpolate", case) for case in (LAST, HALF)),
+    *(Entry("interpolate", Case(8, 256, *size), (FORWARD,)) for size in (P5, P4, P3)),
+    *(Entry("interpolate", Case(2, 256, *P4, scale=scale), (FORWARD,)) for scale in (4, 8)),
+    *(Entry("dysample", case) for case in (WIDE, LAST, HALF, Case(2, 256, *P5))),
+    *(Entry("module", case) for case in (WIDE, LAST, HALF, Case(2, 256, *P3))),
+    *(Entry("module", Case(2, 256, *size, scale=scale)) for size, scale in ((P4, 4), (P4, 8), (P5, 16))),
+]  # fmt: skip
 
 
-def selection(device: str, *, full: bool) -> list[tuple[str, Case]]:
-    """Pairs of operator and case, those of a case together and its copy first."""
-    operators = CPU if device == "cpu" else FULL if full else QUICK
-    pairs = []
-    for case in dict.fromkeys(case for cases in operators.values() for case in cases):
-        pairs += [("copy", case), ("interpolate", case)]
-        pairs += [(op, case) for op, cases in operators.items() if case in cases]
-    return pairs
+SELECTIONS = {"interpreted": INTERPRETED, "cpu": CPU, "quick": QUICK, "full": FULL}
+
+
+class Run(NamedTuple):
+    op: str
+    case: Case
+    impl: str
+    direction: str
+
+
+def selection(name: str, implementations: dict[str, Iterable[str]]) -> list[Run]:
+    """What is run, each once: those of a case together, and its copy first."""
+    entries = SELECTIONS[name]
+    runs = []
+    for case in dict.fromkeys(entry.case for entry in entries):
+        runs += [Run("copy", case, impl, FORWARD) for impl in implementations["copy"]]
+        runs += [
+            Run(entry.op, case, impl, direction)
+            for entry in sorted((entry for entry in entries if entry.case == case), key=lambda entry: entry.op)
+            for direction in entry.passes
+            for impl in implementations[entry.op]
+            if entry.runs(impl)
+        ]
+    return list(dict.fromkeys(runs))
 
 
 def inputs(op: str, case: Case, device: str) -> dict[str, Tensor]:
@@ -103,32 +198,36 @@ def inputs(op: str, case: Case, device: str) -> dict[str, Tensor]:
     if op == "copy":  # reads half of the bytes that dlu_upsample moves, and writes as many
         tensors = {"source": normal(n, (c + k * k + 2 * s * s + s * s * c) * h * w // 2)}
     else:
-        tensors = {"features": normal(n, c, h, w)}
-    if op == "carafe":
+        tensors = {} if op == KERNELS else {"features": normal(n, c, h, w)}
+    if op == CARAFE:
         tensors["masks"] = normal(n, k * k, s * h, s * w).softmax(dim=1)
-    elif op == "dlu_upsample":
+    elif op == LOGITS:
+        tensors["logits"] = normal(n, k * k * s * s, h, w)
+    elif op in (DLU, KERNELS):
         tensors["kernel_space"] = normal(n, k * k, h, w)
         tensors["offsets"] = offsets(n, 2 * s * s, h, w)
+    elif op == "dysample":
+        tensors["offsets"] = offsets(n, 2 * DYSAMPLE_GROUPS * s * s, h, w)
     return {name: _as(case, tensor).requires_grad_() for name, tensor in tensors.items()}
 
 
 def upstream(op: str, case: Case, device: str) -> Tensor:
     """A random gradient of the output, the same at every call; a copy, which is only run forward, has none."""
-    n, c, h, w, s = case[:5]
-    shape = (0,) if op == "copy" else (n, c, s * h, s * w)
+    n, c, h, w, s, k = case[:6]
+    shape = (n, 0) if op == "copy" else (n, k * k if op == KERNELS else c, s * h, s * w)
     return _as(case, torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device))
 
 
-def ideal_bytes(op: str, direction: str, tensors: Iterable[Tensor], output: Tensor) -> int:
+def ideal_bytes(op: str, direction: str, tensors: Iterable[Tensor], gradient: Tensor) -> int:
     """Bytes that have to be moved: in a forward pass, every input and the output once.
 
     A backward pass reads the gradient of the output and the inputs again, and writes the gradient of every input.
     Interpolation is linear, and its backward pass needs no input.
     """
-    read, written = sum(tensor.nbytes for tensor in tensors), output.nbytes
-    if direction == "forward":
-        return read + written
-    return 2 * read + 2 * written if op == "interpolate" else 3 * read + 2 * written
+    inputs = sum(tensor.nbytes for tensor in tensors)
+    output = inputs if op == "copy" else gradient.nbytes
+    forward, backward = inputs + output, output + (1 if op == "interpolate" else 2) * inputs
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[direction]
 
 
 def _as(case: Case, tensor: Tensor) -> Tensor:

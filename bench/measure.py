@@ -1,7 +1,6 @@
-"""What is measured of a call besides its accuracy: time, memory, kernels, and how often the host waits."""
+"""What is measured of a call besides its accuracy: time, memory, launches, and how often the host waits."""
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,29 +9,43 @@ from typing import Any
 
 import clock
 import torch
+import triton
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS_KERNELS = DEVICE == "cuda" or triton.knobs.runtime.interpret
 TIMER = clock.timer(DEVICE)
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = (0.5, 10, 100) if DEVICE == "cuda" else (0.3, 5, 50)
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = (0.2, 5, 100) if DEVICE == "cuda" else (0.3, 5, 50)
 
 
-def device_time(benchmark: Any, call: Callable[[], Iterable[Any]]) -> dict[str, Any]:
-    """Run the rounds of a benchmark whose timer is TIMER, and return what else was measured."""
+def selection(*, full: bool) -> str:
+    """Which cases are run here."""
+    if DEVICE == "cuda":
+        return "full" if full else "quick"
+    return "interpreted" if RUNS_KERNELS else "cpu"
+
+
+def device_time(benchmark: Any, call: Callable[[], Iterable[Any]], *, replays: bool) -> dict[str, Any]:
+    """Run the rounds of a benchmark whose timer is TIMER, and return what else was measured of the device.
+
+    With `replays` also as a CUDA graph, unless the call waits for the device, which a graph cannot hold.
+    """
 
     def run() -> None:
         call()  # a result that was kept would take memory from the next round
 
-    flush, issue_seconds, extra = None, None, None
-    if DEVICE == "cuda":
-        extra = peak_extra_bytes(call)
-        issue_seconds = clock.issue_seconds(run)
-        flush = _flush()
-        flush.cover(issue_seconds)
-    rounds = _rounds(run, TIMER)
-    warm_up = rounds if DEVICE == "cuda" else 1  # a GPU may have to raise its clocks
-    benchmark.pedantic(run, setup=flush, rounds=rounds, warmup_rounds=warm_up)
-    return {"issue_seconds": issue_seconds, "peak_extra_bytes": extra}
+    if DEVICE == "cpu":
+        benchmark.pedantic(run, rounds=_rounds(run, TIMER), warmup_rounds=1)
+        return {}
+    found = {"peak_extra_bytes": peak_extra_bytes(call), "launches": launches(run), "host_waits": host_waits(run)}
+    host_seconds, rounds = clock.host_seconds(run), _rounds(run, TIMER)
+    _flush().cover(host_seconds)
+    benchmark.pedantic(run, setup=_flush(), rounds=rounds, warmup_rounds=rounds)  # a GPU may have to raise its clocks
+    _spin().cover(host_seconds)
+    found |= {"host_us": 1e6 * host_seconds, "warm_seconds": clock.device_seconds(run, _spin(), rounds)}
+    if replays and found["host_waits"] == 0:
+        found["replay_seconds"] = replay_seconds(call)
+    return found
 
 
 def user_time(benchmark: Any, call: Callable[[], Iterable[Any]], memory_before: int) -> dict[str, Any]:
@@ -46,10 +59,13 @@ def user_time(benchmark: Any, call: Callable[[], Iterable[Any]], memory_before: 
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    extra = peak_extra_bytes(call, memory_before) if DEVICE == "cuda" else None
+    found = {}
+    if DEVICE == "cuda":
+        extra = peak_extra_bytes(call, memory_before)
+        found = {"peak_extra_bytes": extra, "launches": launches(call), "host_waits": host_waits(call)}
     rounds = _rounds(run, time.perf_counter)
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=min(rounds, 10) if DEVICE == "cuda" else 1)
-    return {"peak_extra_bytes": extra}
+    return found
 
 
 def allocated_bytes() -> int:
@@ -65,7 +81,7 @@ def peak_extra_bytes(call: Callable[[], Iterable[Any]], before: int | None = Non
     return torch.cuda.max_memory_allocated() - before - returned
 
 
-def kernels(call: Callable[[], object]) -> int | None:
+def launches(call: Callable[[], object]) -> int | None:
     """How many kernels a call runs on the GPU; copies and fills by the driver are none. None without a profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -103,16 +119,10 @@ def replay_seconds(call: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = call()  # the memory that the graph writes to
-    flush = _flush()
-    flush.cover(clock.issue_seconds(graph.replay))
-    seconds = []
-    for _ in range(MOST_ROUNDS):
-        flush()
-        start = clock.Instant()
-        graph.replay()
-        seconds.append(clock.Instant() - start)
+    _flush().cover(clock.host_seconds(graph.replay))
+    seconds = clock.device_seconds(graph.replay, _flush(), MOST_ROUNDS)
     del kept
-    return statistics.median(seconds)
+    return seconds
 
 
 def _rounds(run: Callable[[], None], timer: Callable[[], Any]) -> int:
@@ -126,3 +136,9 @@ def _rounds(run: Callable[[], None], timer: Callable[[], Any]) -> int:
 @cache
 def _flush() -> clock.Flush:
     return clock.Flush()
+
+
+@cache
+def _spin() -> clock.Spin:
+    """Made after the first rounds, when the clocks are up: its cycles would be too few of a GPU that wakes up."""
+    return clock.Spin()

@@ -3,8 +3,8 @@
 Every map is checked before it is timed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +17,12 @@ import pytest
 import torch
 from cam_cases import IMAGE, CAMCase, ExplanationCase
 from measure import DEVICE
+from records import FOREIGN, Records
 from torch import Tensor
 
 import dlu_triton
 from dlu_triton import reference
 
-OURS = ("triton", "eager", "dlu_triton", "dlu_triton-10", "dlu_triton-100")
 # Of a map from 0 to 1: what the rivals' epsilons make of it in float32, and about what an eye sees.
 RIVALS_LIMIT = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05}
 # Convolutions round to TF32, and not alike in every order.
@@ -30,12 +30,11 @@ NETS_LIMIT = {"float32": 5e-3, "float16": 0.05, "bfloat16": 0.1}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("full", False)
+    selection = measure.selection(full=metafunc.config.getoption("full", False))
     if metafunc.function is test_cam:
-        implementations = ("copy", *(("triton",) if DEVICE == "cuda" else ()), "eager", "compiled", *RIVALS)
-        pairs = [(case, impl) for case in cam_cases.selection(DEVICE, full=full) for impl in implementations]
+        pairs = cam_cases.selection(selection, ("copy", *IMPLEMENTATIONS))
     else:
-        pairs = [(case, impl) for case in cam_cases.explanations(DEVICE, full=full) for impl in EXPLAINERS]
+        pairs = [(case, impl) for case in cam_cases.explanations(selection) for impl in EXPLAINERS]
     metafunc.parametrize(("case", "impl"), [pytest.param(*pair, id="-".join(map(str, pair))) for pair in pairs])
 
 
@@ -54,9 +53,8 @@ def _compiled(method: str) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda a, g: compiled(a, g, method)
 
 
-RIVALS = ("torchcam", "grad-cam")
 IMPLEMENTATIONS: dict[str, Callable[[str], Callable[[Tensor, Tensor], Any]]] = {
-    "triton": lambda method: _of(dlu_triton.class_activation_map, method),
+    **({"triton": lambda method: _of(dlu_triton.class_activation_map, method)} if measure.RUNS_KERNELS else {}),
     "eager": lambda method: _of(reference.class_activation_map, method),
     "compiled": _compiled,
     "torchcam": cam_rivals.torchcam,
@@ -67,7 +65,7 @@ IMPLEMENTATIONS: dict[str, Callable[[str], Callable[[Tensor, Tensor], Any]]] = {
 @pytest.mark.benchmark(timer=measure.TIMER)
 @pytest.mark.filterwarnings("default", "ignore:Benchmark fixture was not used")  # torch.compile's are no errors
 @torch.no_grad()
-def test_cam(benchmark: Any, records: list[dict[str, Any]], case: CAMCase, impl: str) -> None:
+def test_cam(benchmark: Any, records: Records, case: CAMCase, impl: str) -> None:
     activations, gradients = _inputs(case)
     record = benchmark.extra_info
     record |= {
@@ -77,34 +75,31 @@ def test_cam(benchmark: Any, records: list[dict[str, Any]], case: CAMCase, impl:
         "dtype": case.dtype,
         "layout": case.layout,
         "shape": {"features": case[:4], "method": case.method, "size": IMAGE},
-        "ideal_bytes": cam_cases.ideal_bytes(case),
     }
+    ideal_bytes = cam_cases.ideal_bytes(case)
     if impl == "copy":  # reads half of the bytes that a map moves, and writes as many
-        source = torch.ones(record["ideal_bytes"] // 2, dtype=torch.int8, device=DEVICE)
+        source = torch.ones(ideal_bytes // 2, dtype=torch.int8, device=DEVICE)
 
         def call() -> tuple[Any]:
             return (source.clone(),)
     else:
-        with _skipped_rivals(impl):
+        with records.supported(record):
             function = IMPLEMENTATIONS[impl](case.method)
 
             def call() -> tuple[Any]:
                 return (function(activations, gradients),)
 
             error, eager = _errors(case, impl, call())
-            limit = RIVALS_LIMIT[case.dtype] if impl in RIVALS else 4 * eager + accuracy.FLOOR["float32"]
-            _hold(impl, error, limit)
-            record |= {"max_error": error, "eager_error": eager}
+        limit = RIVALS_LIMIT[case.dtype] if impl in FOREIGN else 4 * eager + accuracy.FLOOR["float32"]
+        records.hold(record, "a map", error, limit)
+        record |= {"max_error": error, "eager_error": eager}
+    record["ideal_bytes"] = ideal_bytes
     benchmark.group = f"{case} forward"
     if not benchmark.enabled:
         benchmark.pedantic(call)  # once, as a test
         return
-    record |= measure.device_time(benchmark, call)
-    record |= _of_the_device(call, replays=case.n == 1)
-    record["gbps"] = record["ideal_bytes"] / benchmark.stats["median"] / 1e9
-    copies = [other["gbps"] for other in records if other["op"] == "copy" and other["case"] == case]
-    record["roofline"] = record["gbps"] / copies[0] if copies else None
-    records.append({**record, "case": case, "seconds": benchmark.stats["median"]})
+    record |= measure.device_time(benchmark, call, replays=case.n == 1)
+    records.add(benchmark, case)
 
 
 @lru_cache(maxsize=1)
@@ -131,16 +126,6 @@ def _errors(case: CAMCase, impl: str, results: tuple[Any]) -> tuple[float, float
     return error, eager
 
 
-def _of_the_device(call: Callable[[], object], *, replays: bool) -> dict[str, Any]:
-    """What a GPU and its host do in a call; of a CPU there is nothing to say."""
-    found = dict.fromkeys(("kernels", "host_waits", "replay_seconds"))
-    if DEVICE == "cuda":
-        found |= {"kernels": measure.kernels(call), "host_waits": measure.host_waits(call)}
-        if replays and found["host_waits"] == 0:  # a graph cannot hold a wait
-            found["replay_seconds"] = measure.replay_seconds(call)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Explanations
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,12 +141,21 @@ EXPLAINERS: dict[str, tuple[Explainer, int]] = {  # and how many classes of each
 
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
-def test_explanation(benchmark: Any, records: list[dict[str, Any]], case: ExplanationCase, impl: str) -> None:
+def test_explanation(benchmark: Any, records: Records, case: ExplanationCase, impl: str) -> None:
     (model, layer), images, target, expected = _network(case)
     explainer, classes = EXPLAINERS[impl]
     wanted = [[index, *_others(index, classes - 1)] for index in target] if classes > 1 else target
+    record = benchmark.extra_info
+    record |= {
+        "op": "explanation",
+        "impl": impl,
+        "pass": "explanation",
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "shape": {"net": case.net, "width": case.width, "images": list(images.shape), "classes": classes},
+    }
     memory_before = measure.allocated_bytes()
-    with _skipped_rivals(impl):
+    with records.supported(record):
         context = explainer(model, layer)
         explain = context.__enter__()
     try:
@@ -169,28 +163,18 @@ def test_explanation(benchmark: Any, records: list[dict[str, Any]], case: Explan
         def call() -> tuple[Any]:
             return (explain(images, wanted),)
 
-        with _skipped_rivals(impl):
+        with records.supported(record):
             maps = torch.as_tensor(call()[0]).to(DEVICE)
             difference = (_normalized((maps[:, 0] if classes > 1 else maps).double()) - expected).abs().amax().item()
-            _hold(impl, difference, NETS_LIMIT[case.dtype])
         del maps
-        record = benchmark.extra_info
-        record |= {
-            "op": "explanation",
-            "impl": impl,
-            "pass": "explanation",
-            "dtype": case.dtype,
-            "layout": case.layout,
-            "shape": {"net": case.net, "width": case.width, "images": list(images.shape), "classes": classes},
-            "max_error": difference,
-        }
+        records.hold(record, "a map", difference, NETS_LIMIT[case.dtype])
+        record["max_error"] = difference
         benchmark.group = str(case)
         if not benchmark.enabled:
             benchmark.pedantic(call)  # once, as a test
             return
         record |= measure.user_time(benchmark, call, memory_before)
-        record |= _of_the_device(call, replays=False)
-        records.append({**record, "case": case, "seconds": benchmark.stats["median"], "roofline": None})
+        records.add(benchmark, case)
     finally:
         context.__exit__(None, None, None)
         model.zero_grad()
@@ -223,35 +207,6 @@ def _network(case: ExplanationCase) -> tuple[nets.Net, Tensor, list[int], Tensor
 def _others(index: int, count: int) -> list[int]:
     """Classes that are not this one."""
     return [(index + step) % nets.CLASSES for step in range(1, count + 1)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rivals
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _skipped_rivals(impl: str) -> Iterator[None]:
-    """A rival that is not there, cannot run a case or is wrong is skipped with the reason; our own fails."""
-    reason = None
-    try:
-        yield
-    except (RuntimeError, TypeError, ValueError, AssertionError, cam_rivals.MissingError) as error:
-        if impl in OURS and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f"{impl} cannot run this case: {type(error).__name__}: {error}"
-    if reason is not None:  # the traceback, which held tensors, is gone by now
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-        pytest.skip(reason)
-
-
-def _hold(impl: str, error: float, limit: float) -> None:
-    if not error <= limit:
-        message = f"{impl} is wrong: a map is off by {error:.2e}, over {limit:.2e}"
-        if impl in RIVALS:
-            pytest.skip(message)
-        pytest.fail(message)
 
 
 def _normalized(maps: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The clock on a simulated GPU: a host that launches, and a device that works off its launches in order."""
+"""What is measured, on a simulated GPU: a host that launches, and a device that works off its launches in order."""
 
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import clock
+import measure
 import pytest
 import torch
 
@@ -11,11 +16,13 @@ LAUNCH = 10e-6  # seconds of the host per launch
 KERNEL = 2e-6  # seconds of the device per kernel of the timed call
 ZEROS = 100e-6  # seconds of the device per flush
 KERNELS = 50
+HERTZ = 2e9
 
 
 class Machine:
     def __init__(self) -> None:
         self.host = self.device = 0.0
+        self.cached = False
 
     def launch(self, seconds: float) -> None:
         self.host += LAUNCH
@@ -24,9 +31,16 @@ class Machine:
     def wait(self) -> None:
         self.host = max(self.host, self.device)
 
+    def flush(self) -> None:
+        self.cached = False
+        self.launch(ZEROS)
+
+    def sleep(self, cycles: int) -> None:
+        self.launch(cycles / HERTZ)
+
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine = Machine()
 
     class Event:
@@ -48,23 +62,29 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "synchronize", machine.wait)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
-    zeros = SimpleNamespace(zero_=lambda: machine.launch(ZEROS))
+    monkeypatch.setattr(torch.cuda, "_sleep", machine.sleep)
+    zeros = SimpleNamespace(zero_=machine.flush)
     monkeypatch.setattr(torch, "empty", lambda size, **_: zeros)
     monkeypatch.setattr(time, "perf_counter", lambda: machine.host)
-    return machine
+    for kept in (measure._flush, measure._spin):
+        kept.cache_clear()
+    yield machine
+    for kept in (measure._flush, measure._spin):
+        kept.cache_clear()
 
 
-def test_only_the_kernels_of_the_call_are_timed(machine: Machine) -> None:
+@pytest.mark.parametrize("ahead", [clock.Flush, clock.Spin])
+def test_only_the_kernels_of_the_call_are_timed(machine: Machine, ahead: Callable[[], clock.HeadStart]) -> None:
     def call() -> None:
         for _ in range(KERNELS):
             machine.launch(KERNEL)
 
-    flush = clock.Flush()
-    host_seconds = clock.issue_seconds(call)
+    head_start = ahead()
+    host_seconds = clock.host_seconds(call)
     assert host_seconds == pytest.approx(KERNELS * LAUNCH)
-    flush.cover(host_seconds)
+    head_start.cover(host_seconds)
     for _ in range(3):  # as pytest-benchmark runs a round
-        flush()
+        head_start()
         start = clock.Instant()
         call()
         end = clock.Instant()
@@ -76,3 +96,67 @@ def test_without_a_head_start_the_launches_would_be_timed(machine: Machine) -> N
     for _ in range(KERNELS):
         machine.launch(KERNEL)
     assert clock.Instant() - start > KERNELS * KERNEL * 2
+
+
+def test_what_a_record_has_of_the_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold, warm = 5 * KERNEL, KERNEL  # of a call of one kernel, which runs faster on what is left in the cache
+    waits, mode = False, "default"
+    peak = 1000
+
+    def call() -> tuple[()]:
+        nonlocal peak
+        peak = 1640
+        machine.launch(warm if machine.cached else cold)
+        machine.cached = True
+        if waits and mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        return ()
+
+    def set_mode(name: str) -> None:
+        nonlocal mode
+        mode = name
+
+    def pedantic(run: Callable[[], None], setup: clock.Flush, rounds: int, warmup_rounds: int) -> None:
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            start = measure.TIMER()
+            run()
+            assert measure.TIMER() - start == pytest.approx(cold)
+
+    cuda, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [SimpleNamespace(name=name, device_type=cuda) for name in ("a kernel", "Memcpy DtoH", "Memset", "another")]
+    events.append(SimpleNamespace(name="aten::add", device_type=host))
+    profile = SimpleNamespace(events=lambda: events)
+    graph = SimpleNamespace(replay=call)
+    mocks: dict[Any, dict[str, Any]] = {
+        measure: {"DEVICE": "cuda", "TIMER": clock.Instant},
+        torch.profiler: {"profile": lambda activities: nullcontext(profile)},
+        torch.cuda: {
+            "memory_allocated": lambda: 1000,
+            "max_memory_allocated": lambda: peak,
+            "reset_peak_memory_stats": lambda: None,
+            "set_sync_debug_mode": set_mode,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+            "current_stream": lambda: None,
+            "stream": nullcontext,
+            "CUDAGraph": lambda: graph,
+            "graph": nullcontext,
+        },
+    }
+    for module, functions in mocks.items():
+        for name, function in functions.items():
+            monkeypatch.setattr(module, name, function)
+    benchmark = SimpleNamespace(pedantic=pedantic)
+    assert measure.device_time(benchmark, call, replays=True) == {
+        "peak_extra_bytes": 640,
+        "launches": 2,
+        "host_waits": 0,
+        "host_us": pytest.approx(1e6 * LAUNCH),
+        "warm_seconds": pytest.approx(warm),
+        "replay_seconds": pytest.approx(cold),
+    }
+
+    waits = True
+    found = measure.device_time(benchmark, call, replays=True)
+    assert found["host_waits"] == 1
+    assert "replay_seconds" not in found

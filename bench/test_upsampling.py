@@ -1,18 +1,19 @@
-"""Times the operators and their rivals on the same inputs, each one checked against float64 before it is timed."""
+"""Times the operators, whole modules and their rivals on the same inputs, each checked against float64 beforehand."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import accuracy
 import cases
 import measure
+import packs
 import pytest
 import rivals
 import torch
-import torch.nn.functional as F
-from cases import Case
+from cases import BACKWARD, BOTH, FORWARD, Case
 from measure import DEVICE
+from records import FOREIGN, Records
 from torch import Tensor
 
 import dlu_triton
@@ -22,50 +23,75 @@ from dlu_triton import reference
 # What is compared: functions of the inputs, the scale factor and the kernel size
 # ---------------------------------------------------------------------------------------------------------------
 
-
-class Operator(NamedTuple):
-    """An operator by its definition, which computes the truth when it is given float64."""
-
-    definition: Callable[..., Tensor]
-    implementations: dict[str, Callable[..., Tensor]]
-    directions: tuple[str, ...] = ("forward", "forward+backward")
+Upsampler = Callable[..., Tensor]
 
 
-def _copy(source: Tensor, scale_factor: int, kernel_size: int) -> Tensor:
-    return source.clone()
-
-
-def _interpolate(features: Tensor, scale_factor: int, kernel_size: int) -> Tensor:
-    return F.interpolate(features, scale_factor=scale_factor, mode="bilinear", align_corners=False)
-
-
-def _triton_carafe(features: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> Tensor:
-    return dlu_triton.carafe(features, masks, kernel_size, 1, scale_factor)
-
-
-def _eager_carafe(features: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> Tensor:
-    return reference.carafe(features, masks, kernel_size, 1, scale_factor)
-
-
-def _upsampling(
-    triton: Callable[..., Tensor],
-    eager: Callable[..., Tensor],
-    shifted: Callable[..., Tensor],
-    unfold: Callable[..., Tensor],
-) -> Operator:
+def _upsampling(triton: Upsampler, eager: Upsampler, shifted: Upsampler, **others: Upsampler) -> dict[str, Upsampler]:
     compiled = torch.compile(shifted, fullgraph=True, dynamic=False)
-    implementations = {"eager": eager, "compiled": compiled, "unfold": unfold}
-    if DEVICE == "cuda":  # on a CPU dlu_triton takes the eager path, which has its own name here
-        implementations = {"triton": triton, **implementations}
-    return Operator(eager, implementations)
+    # On a CPU dlu_triton takes the eager path, which has its own name here.
+    ours = {"triton": triton} if measure.RUNS_KERNELS else {}
+    return {**ours, "eager": eager, "compiled": compiled, **{name.replace("_", "-"): f for name, f in others.items()}}
 
 
+# An operator's `eager` is its definition; where there is none, the implementation itself in float64 is.
 OPERATORS = {
-    "copy": Operator(_copy, {"copy": _copy}, ("forward",)),
-    "interpolate": Operator(_interpolate, {"interpolate": _interpolate}),
-    "dlu_upsample": _upsampling(dlu_triton.dlu_upsample, reference.dlu_upsample, rivals.shifted_dlu, rivals.unfold_dlu),
-    "carafe": _upsampling(_triton_carafe, _eager_carafe, rivals.shifted_carafe, rivals.unfold_carafe),
+    "copy": {"copy": rivals.copy},
+    "interpolate": {"interpolate": rivals.bilinear, "nearest": rivals.nearest},
+    "dysample": {"dysample": rivals.dysample},
+    "dlu_upsample": _upsampling(
+        dlu_triton.dlu_upsample,
+        reference.dlu_upsample,
+        rivals.shifted_dlu,
+        unfold=rivals.unfold_dlu,
+        unfold_nearest=rivals.nearest_unfold_dlu,
+        official=rivals.official_dlu,
+    ),
+    "carafe": _upsampling(
+        partial(dlu_triton.carafe, group_size=1),
+        partial(reference.carafe, group_size=1),
+        rivals.shifted_carafe,
+        unfold=rivals.unfold_carafe,
+        unfold_nearest=rivals.nearest_unfold_carafe,
+        mmcv=rivals.mmcv_carafe,
+    ),
+    "carafe_upsample": _upsampling(
+        dlu_triton.carafe_upsample,
+        reference.carafe_upsample,
+        rivals.shifted_carafe_upsample,
+        unfold=rivals.unfold_carafe_upsample,
+        unfold_nearest=rivals.nearest_unfold_carafe_upsample,
+        mmcv=rivals.mmcv_carafe_upsample,
+    ),
+    "expand_kernels": _upsampling(
+        dlu_triton.expand_kernels, reference.expand_kernels, rivals.sampled_masks, official=rivals.official_masks
+    ),
 }
+
+
+class Subject(NamedTuple):
+    """An implementation with its inputs: both functions take the tensors alone."""
+
+    function: Upsampler
+    definition: Upsampler
+    tensors: dict[str, Tensor]
+    gradient: Tensor
+    images: int | None  # compared at a time
+
+
+def _subject(op: str, case: Case, impl: str) -> Subject:
+    tensors, gradient = _inputs(op, case)
+    if op == "module":
+        module, parameters, definition = packs.build(impl, case, DEVICE)
+        return Subject(lambda x, *_: module(x), definition, {**tensors, **parameters}, gradient, None)
+    implementations = OPERATORS[op]
+    definition = implementations.get("eager", implementations[impl])
+    bound = (partial(f, scale_factor=case.scale, kernel_size=case.kernel) for f in (implementations[impl], definition))
+    return Subject(*bound, tensors, gradient, accuracy.chunk_images(case))
+
+
+@lru_cache(maxsize=1)
+def _inputs(op: str, case: Case) -> tuple[dict[str, Tensor], Tensor]:
+    return cases.inputs(op, case, DEVICE), cases.upstream(op, case, DEVICE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,44 +100,14 @@ OPERATORS = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    parameters = [
-        pytest.param(op, case, impl, direction, id=f"{op}-{case}-{impl}-{direction}")
-        for op, case in cases.selection(DEVICE, full=metafunc.config.getoption("full", False))
-        for direction in OPERATORS[op].directions
-        for impl in OPERATORS[op].implementations
-    ]
-    metafunc.parametrize(("op", "case", "impl", "direction"), parameters)
+    selection = measure.selection(full=metafunc.config.getoption("full", False))
+    runs = cases.selection(selection, {**OPERATORS, "module": packs.PACKS})
+    metafunc.parametrize(cases.Run._fields, [pytest.param(*run, id="-".join(map(str, run))) for run in runs])
 
 
 @pytest.mark.benchmark(timer=measure.TIMER)
 @pytest.mark.filterwarnings("default", "ignore:Benchmark fixture was not used")  # torch.compile's are no errors
-def test_upsampling(
-    benchmark: Any, records: list[dict[str, Any]], op: str, case: Case, impl: str, direction: str
-) -> None:
-    definition, implementations, _ = OPERATORS[op]
-    names, tensors, gradient = _inputs(op, case)
-    torch.compiler.reset()  # so that torch.compile makes a graph for these sizes alone
-
-    def call() -> tuple[Tensor, ...]:
-        return accuracy.evaluate(implementations[impl], case, direction, tensors, gradient)
-
-    cannot_run = None
-    try:
-        results = call()
-        errors = accuracy.errors(definition, case, direction, tensors, gradient, results)
-    except RuntimeError as error:
-        if impl in ("triton", "eager") and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        cannot_run = f"{impl} cannot run this case: {type(error).__name__}: {error}"
-    if cannot_run is not None:  # the traceback, which held tensors, is gone by now
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
-        pytest.skip(cannot_run)
-    for name, error in zip(names, errors, strict=False):
-        limit = accuracy.limit(op, case, error.eager)
-        if not error.result <= limit:
-            pytest.fail(f"{impl} is wrong: {name} is off by {error.result:.2e} of its largest value, over {limit:.2e}")
-
+def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl: str, direction: str) -> None:
     record = benchmark.extra_info
     record |= {
         "op": op,
@@ -120,25 +116,31 @@ def test_upsampling(
         "dtype": case.dtype,
         "layout": case.layout,
         "shape": {"features": case[:4], "scale_factor": case.scale, "kernel_size": case.kernel},
-        "max_error": max(error.result for error in errors),
-        "eager_error": max(error.eager for error in errors) if "eager" in implementations else None,
-        "ideal_bytes": cases.ideal_bytes(op, direction, tensors, results[0]),
     }
+    torch.compiler.reset()  # so that torch.compile makes a graph for these sizes alone
+    with records.supported(record):
+        subject = _subject(op, case, impl)
+        tensors = list(subject.tensors.values())
+        call = accuracy.ready(subject.function, direction, tensors, subject.gradient)
+        results = call()
+        errors = accuracy.errors(subject.definition, direction, tensors, subject.gradient, results, subject.images)
+    output, gradients = ["the output"], [f"the gradient of {name}" for name in subject.tensors]
+    names = {FORWARD: output, BACKWARD: gradients, BOTH: output + gradients}[direction]
+    for name, error in zip(names, errors, strict=True):
+        limit = accuracy.limit(op, case, error.eager, foreign=impl in FOREIGN)
+        records.hold(record, name, error.result, limit)
     del results
+
+    record |= {
+        "max_error": max(error.result for error in errors),
+        "eager_error": None if op in cases.CONTEXT else max(error.eager for error in errors),
+        "ideal_bytes": cases.ideal_bytes(op, direction, tensors, subject.gradient),
+    }
     benchmark.group = f"{case} {direction}"
     if not benchmark.enabled:
         benchmark.pedantic(call)  # once, as a test
         return
-    record |= measure.device_time(benchmark, call)
-    record["gbps"] = record["ideal_bytes"] / benchmark.stats["median"] / 1e9
-    copies = [other["gbps"] for other in records if other["op"] == "copy" and other["case"] == case]
-    record["roofline"] = record["gbps"] / copies[0] if copies else None
-    records.append({**record, "case": case, "seconds": benchmark.stats["median"]})
-
-
-@lru_cache(maxsize=1)
-def _inputs(op: str, case: Case) -> tuple[list[str], list[Tensor], Tensor]:
-    """Names of what a pass returns, the inputs, and a gradient of the output."""
-    tensors = cases.inputs(op, case, DEVICE)
-    names = ["the output", *(f"the gradient of {name}" for name in tensors)]
-    return names, list(tensors.values()), cases.upstream(op, case, DEVICE)
+    # The graph of `backward` belongs to the stream that it was built on, where a capture must not launch.
+    replays = impl == "triton" and case.small and direction != BACKWARD
+    record |= measure.device_time(benchmark, call, replays=replays)
+    records.add(benchmark, case)

@@ -14,7 +14,7 @@ from .explain import (
 )
 from .modules import CARAFE, CARAFEPack, DLUPack
 from .ops.cam import class_activation_map, class_activation_parts, weighted_activation_map, xgrad_cam
-from .ops.carafe import carafe
+from .ops.carafe import carafe, carafe_upsample
 from .ops.dlu import dlu_upsample, expand_kernels
 from .reference import CAMParts
 
@@ -33,6 +33,7 @@ __all__ = [
     "LayerCAM",
     "XGradCAM",
     "carafe",
+    "carafe_upsample",
     "class_activation_map",
     "class_activation_parts",
     "dlu_upsample",

@@ -127,6 +127,18 @@ def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scal
     _shape("masks", masks, rule, (n, g * k * k, s * h, s * w))
 
 
+def carafe_upsample(features: Tensor, logits: Tensor, scale: object, kernel: object, groups: object) -> None:
+    """Rules of `carafe_upsample(features, logits, scale_factor, kernel_size, groups)`."""
+    k, s = kernel_size(kernel), scale_factor(scale)
+    _map("features", features)
+    _map("logits", logits)
+    _beside("logits", logits, "features", features)
+    n, c, h, w = features.shape
+    g = channel_groups("groups", groups, c)
+    rule = "(N, groups*kernel_size^2*scale_factor^2, H, W)"
+    _shape("logits", logits, rule, (n, g * k * k * s * s, h, w))
+
+
 def class_activation_map(
     activations: Tensor,
     gradients: Tensor,

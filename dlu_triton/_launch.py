@@ -1,6 +1,7 @@
 """What a launch needs to know: tile sizes, number types, memory layouts and views. No kernels, no argument rules."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # Programs below which the channels of a tile are shared out between several: a few waves of the largest GPUs.
 ENOUGH_PROGRAMS = 1024
+
+# Beyond, kernels compute with 64 bits; a tile may reach a little past an image, in offsets that are masked.
+MOST_32_BIT_OFFSETS = 2**31 - 2**24
 
 # Source pixels, per axis, that one program of the feature gradient owns.
 SOURCE_TILE = 8
@@ -29,6 +33,79 @@ _TRITON = {
 def runs_kernels(tensor: object) -> bool:
     """Whether a call on this tensor runs the Triton kernels; CPU tensors take the eager path unless interpreted."""
     return INTERPRETED or (isinstance(tensor, Tensor) and tensor.device.type != "cpu")
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient, rounded up; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def power_of_2(number: int) -> int:
+    """The power of two at or above a number."""
+    return 1 << (number - 1).bit_length()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launching again
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """A kernel with the arguments and constants to launch it on."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class _Repeat(NamedTuple):
+    """A launch of a compiled kernel, and where its tensors belong among its arguments."""
+
+    compiled: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    slots: tuple[int, ...]
+
+
+_repeats: dict[tuple[Any, ...], _Repeat] = {}
+MOST_REPEATS = 4096
+
+
+def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *settings: object) -> None:
+    """Run the launch that `prepare(tensors, *settings)` returns.
+
+    Its arguments are kept, but for the tensors: working them out, and finding the kernel compiled for them, takes the
+    host several times as long as launching it. They may therefore depend on the settings, and on shapes, strides,
+    dtypes and devices of the tensors, and on nothing else; they hold every tensor once, in the same order.
+    """
+    with torch.cuda.device_of(tensors[0]):
+        if INTERPRETED:
+            kernel, programs, arguments, constants = prepare(tensors, *settings)
+            kernel[(programs,)](*arguments, **constants)
+            return
+        described = [(t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
+        key = (prepare, tensors[0].device, *settings, *described)
+        repeat = _repeats.get(key)
+        if repeat is not None:
+            arguments = list(repeat.arguments)
+            for slot, tensor in zip(repeat.slots, tensors, strict=True):
+                arguments[slot] = tensor
+            repeat.compiled[repeat.grid](*arguments)
+            return
+        kernel, programs, arguments, constants = prepare(tensors, *settings)
+        compiled = kernel[(programs,)](*arguments, **constants)
+        arguments = (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+        slots = tuple(slot for slot, argument in enumerate(arguments) if isinstance(argument, Tensor))
+        kept = tuple(None if isinstance(argument, Tensor) else argument for argument in arguments)
+        if len(_repeats) >= MOST_REPEATS:
+            _repeats.clear()
+        _repeats[key] = _Repeat(compiled, (programs, 1, 1), kept, slots)
+
+
+def forget_launches() -> None:
+    """For tests and benchmarks that change what arguments follow from."""
+    _repeats.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -54,20 +131,21 @@ def accumulator(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": triton_dtype(sum_dtype(dtype))}
 
 
-def product_types(dtype: torch.dtype) -> dict[str, Any]:
+def product_types(dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Types of a matrix product on features of this dtype.
 
     The interpreter multiplies half-precision operands as float32 after rounding, which is exact; compiled kernels
     hand them to the tensor cores. Float32 runs as three TF32 products, or one where the user allows TF32.
     """
     operand = tl.float32 if INTERPRETED and dtype != torch.float64 else triton_dtype(dtype)
-    if torch.version.hip is not None:
-        precision = "ieee"
-    elif torch.backends.cuda.matmul.fp32_precision == "tf32":
-        precision = "tf32"
-    else:
-        precision = "tf32x3"
     return {**accumulator(dtype), "OPERAND": operand, "PRECISION": precision}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products on features of this dtype are to be computed, as the user's settings have it at present."""
+    if torch.version.hip is not None or dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -87,7 +165,7 @@ class Tile(NamedTuple):
 
 def padded_taps(kernel_size: int) -> int:
     """Taps as kernels hold them. Triton 3.7 fails to compile gathers from fewer than 16."""
-    return max(16, triton.next_power_of_2(kernel_size * kernel_size))
+    return max(16, power_of_2(kernel_size * kernel_size))
 
 
 def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
@@ -96,9 +174,17 @@ def _reach(block: int, scale_factor: int, kernel_size: int) -> int:
     return (block - 1 + misaligned) // scale_factor + kernel_size
 
 
-def options(kernel_size: int, *, all_registers: bool = False) -> dict[str, int]:
+def _even_reach(block: int, scale_factor: int, kernel_size: int) -> int:
+    """The same from the even pixel at or before the first to the odd one at or after the last."""
+    starts_alike = block % (2 * scale_factor) == 0
+    before = kernel_size // 2 % 2 if starts_alike else 1
+    return cdiv(_reach(block, scale_factor, kernel_size) + before, 2) * 2
+
+
+def options(kernel_size: int, outputs: int = 0, *, all_registers: bool = False) -> dict[str, int]:
     """Launch options. Eight warps where the taps of a tile would not fit the registers of four."""
-    return {"num_warps": 4 if kernel_size <= 5 else 8, "num_stages": 1, **(most_registers() if all_registers else {})}
+    warps = 4 if kernel_size <= 5 and outputs < 128 else 8
+    return {"num_warps": warps, "num_stages": 1, **(most_registers() if all_registers else {})}
 
 
 def most_registers() -> dict[str, int]:
@@ -106,21 +192,59 @@ def most_registers() -> dict[str, int]:
     return {"maxnreg": 255} if torch.version.hip is None else {}
 
 
+# Outputs of a forward program, and window pixels per product, for kernels of 5 x 5: by itemsize, whether channels are
+# innermost, and scale factor. Chosen by counting machine instructions and cache lines, see bench/NOTES.md, "The forward
+# pass"; not measured on a GPU yet. NCHW takes wide tiles for the sake of whole sectors.
+FORWARD_TILES = {
+    (2, True, 2): (8, 8, 64),
+    (2, False, 2): (4, 32, 128),
+    (2, True, 4): (8, 16, 64),
+    (2, False, 4): (4, 32, 64),
+    (2, True, 8): (8, 16, 32),
+    (2, False, 8): (4, 32, 64),
+    (2, True, 16): (8, 16, 32),
+    (2, False, 16): (4, 32, 32),
+    **{(4, channels_last, 2): (8, 8, 64) for channels_last in (True, False)},
+    **{(4, channels_last, 4): (4, 16, 16) for channels_last in (True, False)},
+    **{(4, channels_last, scale): (4, 16, 32) for channels_last in (True, False) for scale in (8, 16)},
+}
+
+
+@cache
+def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> Tile:
+    """The tile of the forward pass, whose windows start at even columns and are even in width: it loads pairs."""
+    entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
+    if entry is None:
+        tile = output_tile(scale_factor, kernel_size, itemsize)
+        entry = (tile.BLOCK_H, tile.BLOCK_W, None)
+    block_h, block_w, block_q = entry
+    height, width = window(block_h, block_w, scale_factor, kernel_size)
+    return Tile(block_h, block_w, height, width, block_q or _piece(height * width, itemsize))
+
+
+def window(block_h: int, block_w: int, scale_factor: int, kernel_size: int) -> tuple[int, int]:
+    """Height and width of what a tile of the forward pass loads."""
+    return _reach(block_h, scale_factor, kernel_size), _even_reach(block_w, scale_factor, kernel_size)
+
+
+def _piece(pixels: int, itemsize: int) -> int:
+    """Window pixels of a product: all of them if the band of so many fits the registers."""
+    return max(16, min(128 if itemsize == 2 else 64, power_of_2(pixels)))
+
+
 @cache
 def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs."""
     most = min(128 if itemsize == 2 else 64, _most_outputs(kernel_size, itemsize))
-    widest = 128 if itemsize == 2 else 64
     tiles = []
     for block_h in (2, 4, 8, 16):
         for block_w in (4, 8, 16):
             if 16 <= block_h * block_w <= most:
                 window_h, window_w = (_reach(block, scale_factor, kernel_size) for block in (block_h, block_w))
-                block_q = max(16, min(widest, triton.next_power_of_2(window_h * window_w)))
-                tiles.append(Tile(block_h, block_w, window_h, window_w, block_q))
+                tiles.append(Tile(block_h, block_w, window_h, window_w, _piece(window_h * window_w, itemsize)))
 
     def cost(tile: Tile) -> float:
-        pieces = triton.cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
+        pieces = cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
         per_output = pieces * tile.BLOCK_Q * (1 + 128 / (tile.BLOCK_H * tile.BLOCK_W))  # products, and loads
         return per_output if pieces == 1 else 2 * per_output  # the band is built again for each channel block
 
@@ -134,7 +258,7 @@ def gather_tile(scale_factor: int, kernel_size: int, itemsize: int) -> tuple[int
     tiles = [(4, 4), (2, 8), (4, 8), (2, 16)]
 
     def cost(tile: tuple[int, int]) -> float:
-        covered = math.prod(triton.cdiv(span, block) * block for block in tile)
+        covered = math.prod(cdiv(span, block) * block for block in tile)
         return covered * (1 + 8 / math.prod(tile))
 
     return min((tile for tile in tiles if math.prod(tile) <= _most_outputs(kernel_size, itemsize)), key=cost)
@@ -150,17 +274,23 @@ def pixels_per_program(kernel_size: int) -> int:
     return max(4, 2048 // padded_taps(kernel_size))
 
 
-def channel_block(dtype: torch.dtype, channels_per_group: int) -> int:
-    widest = {2: 64, 4: 32, 8: 16}[dtype.itemsize]
-    return max(16, min(widest, triton.next_power_of_2(channels_per_group)))
+def forward_channels(dtype: torch.dtype, channels_per_group: int, kernel_size: int) -> int:
+    """Channels of a product of the forward pass: its rows, of which the tensor cores of sm_90 want 64."""
+    wide = dtype == torch.float32 and kernel_size <= 5  # beyond, the taps leave too few registers
+    return channel_block(dtype, channels_per_group, 64 if wide else None)
+
+
+def channel_block(dtype: torch.dtype, channels_per_group: int, widest: int | None = None) -> int:
+    widest = widest or {2: 64, 4: 32, 8: 16}[dtype.itemsize]
+    return max(16, min(widest, power_of_2(channels_per_group)))
 
 
 def shares(programs: int, items: int, block: int, most: int | None = None) -> tuple[int, int]:
     """How many programs, at most `most`, share the work of each of `programs`, and how many `items` each takes."""
-    blocks = triton.cdiv(items, block)
-    wanted = min(blocks, triton.cdiv(ENOUGH_PROGRAMS, max(programs, 1)), most or blocks)
-    per_program = triton.cdiv(blocks, wanted) * block
-    return triton.cdiv(items, per_program), per_program
+    blocks = cdiv(items, block)
+    wanted = min(blocks, cdiv(ENOUGH_PROGRAMS, max(programs, 1)), most or blocks)
+    per_program = cdiv(blocks, wanted) * block
+    return cdiv(items, per_program), per_program
 
 
 class PlaneTile(NamedTuple):
@@ -189,12 +319,12 @@ def plane_tile(activations: Tensor, gradients: Tensor | None) -> PlaneTile:
     itemsize = activations.dtype.itemsize
     most = 2048 if itemsize == 8 else 4096  # two such tiles and their sum stay in registers
     innermost = [t for t in (activations, gradients) if t is not None and t.stride(-3) == 1 and h * w > 1]
-    sector = min(32 // itemsize, triton.next_power_of_2(c)) if innermost else 1
-    block_p = max(16, triton.next_power_of_2(h * w))
+    sector = min(32 // itemsize, power_of_2(c)) if innermost else 1
+    block_p = max(16, power_of_2(h * w))
     whole = block_p * sector <= most
     if not whole:
         block_p = 128 if innermost else 1024
-    block_c = min(most // block_p, triton.next_power_of_2(c))
+    block_c = min(most // block_p, power_of_2(c))
     return PlaneTile(block_c, block_p, whole)
 
 
@@ -217,26 +347,74 @@ def finishing_tiles(maps: int, outputs: int, slices: int, channels: int) -> tupl
 
 def new_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """An uninitialised map in the layout of `like`: channels innermost if they are there, else NCHW."""
-    channels_last = like.stride(1) == 1 and like.stride(3) != 1
     return torch.empty(
         (like.shape[0], channels, height, width),
         dtype=like.dtype,
         device=like.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=torch.channels_last if channels_innermost(like) else torch.contiguous_format,
     )
 
 
+def channels_innermost(tensor: Tensor) -> bool:
+    return tensor.stride(1) == 1 and tensor.stride(3) != 1
+
+
 def new_space(kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.dtype, *, zero: bool = False) -> Tensor:
-    """Storage for normalised kernels or their gradient, as a view (N, G, taps, H, W) with padded taps innermost."""
+    """Storage for normalised kernels or their gradient: (N, G, H, W, taps), the taps padded."""
     n, _, h, w = kernel_space.shape
-    shape = (n, groups, h, w, padded_taps(kernel_size))
     make = torch.zeros if zero else torch.empty
-    return make(shape, dtype=dtype, device=kernel_space.device).permute(0, 1, 4, 2, 3)
+    return make((n, groups, h, w, padded_taps(kernel_size)), dtype=dtype, device=kernel_space.device)
 
 
-def by_group(kernels: Tensor, groups: int) -> Tensor:
-    """(N, G*k*k, H, W) -> a view (N, G, k*k, H, W)."""
-    return kernels.unflatten(1, (groups, -1))
+def index_dtype(*tensors: Tensor | None) -> tl.dtype:
+    """Type of offsets inside an image: 32 bits unless there may be as many elements, gaps included."""
+    for tensor in tensors:
+        if tensor is not None and tensor.untyped_storage().nbytes() >= MOST_32_BIT_OFFSETS * tensor.element_size():
+            sizes, strides = tensor.shape[1:], tensor.stride()[1:]
+            if sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) >= MOST_32_BIT_OFFSETS:
+                return tl.int64
+    return tl.int32
+
+
+class FeatureLayout(NamedTuple):
+    """What kernels are compiled for and strides as they take them, see `reassemble_forward`.
+
+    `even` where rows, of pixels one beside the other, can be read in pairs of columns.
+    """
+
+    INNER: str
+    UNIT: int
+    strides: tuple[int, ...]
+    even: bool
+
+
+def feature_layout(features: Tensor) -> FeatureLayout:
+    n, c, h, w = features.stride()
+    if c == 1 and features.shape[1] > 1:
+        unit = math.gcd(n, h, w, 16 // features.element_size())
+        return FeatureLayout("c", unit, (n // unit, c, h // unit, w // unit), False)
+    if w == 1:
+        return FeatureLayout("w", 1, (n, c, h, w), math.gcd(n, c, h, features.shape[3]) % 2 == 0)
+    return FeatureLayout("", 1, (n, c, h, w), False)
+
+
+def taps_inner(kernels: Tensor) -> str:
+    """Which axis of masks or logits (N, taps, y, x) has stride one, if it is taps or x."""
+    return "w" if kernels.stride(3) == 1 else "t" if kernels.stride(1) == 1 else ""
+
+
+def pointer_and_group_strides(kernels: Tensor | None, groups: int) -> tuple[Any, ...]:
+    """Masks, logits or their gradient (N, G*taps, y, x) as kernels take them: pointer, strides of (n, g, t, y, x)."""
+    if kernels is None:
+        return (None, 0, 0, 0, 0, 0)
+    n, c, h, w = kernels.stride()
+    return (kernels, n, kernels.shape[1] // groups * c, c, h, w)
+
+
+def logits_plane(logits: Tensor, groups: int) -> tuple[Any, ...]:
+    """The same, without a row stride where rows follow each other."""
+    pointer, n, g, t, h, w = pointer_and_group_strides(logits, groups)
+    return (pointer, n, g, t, None if h == logits.shape[3] * w else h, w)
 
 
 def plane(tensor: Tensor | None) -> tuple[Any, ...]:

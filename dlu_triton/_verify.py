@@ -12,9 +12,9 @@ from torch import Tensor
 from . import _launch, reference
 from .ops import dlu
 from .ops.cam import class_activation_map
-from .ops.carafe import carafe
+from .ops.carafe import carafe, carafe_upsample
 
-OPERATORS = ("dlu_upsample", "expand_kernels", "carafe")
+OPERATORS = ("dlu_upsample", "expand_kernels", "carafe", "carafe_upsample")
 CAM = "class_activation_map"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,8 +120,11 @@ def inputs(operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str 
         return {"features": features, "kernel_space": space, "offsets": offsets, "grad_output": grad_output}
     if operator == "expand_kernels":
         return {"kernel_space": space, "offsets": offsets, "grad_output": draw(taps, s * h, s * w, kernel_dtype)}
-    masks = draw(taps, s * h, s * w, kernel_dtype)
-    return {"features": features, "masks": masks, "grad_output": draw(case.channels, s * h, s * w, dtype)}
+    if operator == "carafe_upsample":
+        kernels = {"logits": draw(taps * s * s, h, w, kernel_dtype)}
+    else:
+        kernels = {"masks": draw(taps, s * h, s * w, kernel_dtype)}
+    return {"features": features, **kernels, "grad_output": draw(case.channels, s * h, s * w, dtype)}
 
 
 def _cam_inputs(
@@ -152,7 +155,8 @@ def function(operator: str, case: Case | CAMCase, *, eager: bool) -> Callable[..
     if operator == "carafe":
         call = reference.carafe if eager else carafe
         return lambda features, masks: call(features, masks, k, g, s)
-    call = getattr(reference if eager else dlu, operator)
+    kernels = carafe_upsample if operator == "carafe_upsample" else getattr(dlu, operator)
+    call = getattr(reference, operator) if eager else kernels
     return lambda *tensors: call(*tensors, s, k, g)
 
 
@@ -225,7 +229,7 @@ def run() -> int:
     print(f"{where}, torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}")
     print("Largest absolute error against float64, kernel / eager in the same dtype.")
     print("Bound: twice eager's, plus a few roundings of the largest value.\n")
-    columns = ("output", "features or activations", "kernel_space or masks or gradients", "offsets")
+    columns = ("output", "features or activations", "kernel_space or masks or logits or gradients", "offsets")
     headings = ("output", "features, activations", "kernels, gradients", "offsets")
     print(f"{'operator':22}{'dtype':10}{'case':29}" + "".join(f"{heading:23}" for heading in headings))
     start, checked, failed = time.perf_counter(), 0, 0

@@ -3,9 +3,8 @@
 from torch import Tensor, nn
 
 from . import _checks
-from .ops.carafe import carafe
+from .ops.carafe import carafe, carafe_upsample
 from .ops.dlu import dlu_upsample
-from .reference import pixel_shuffle
 
 __all__ = ["CARAFE", "CARAFEPack", "DLUPack"]
 
@@ -118,7 +117,7 @@ class DLUPack(_Pack):
 
 
 class CARAFEPack(_Pack):
-    """CARAFE upsampler (arXiv 1905.02188): channel compressor, content encoder, softmax, `carafe`.
+    """CARAFE upsampler (arXiv 1905.02188): channel compressor, content encoder, `carafe_upsample`.
 
     Arguments, parameter names and initialisation are those of mmcv's `CARAFEPack`, so its checkpoints load.
 
@@ -154,6 +153,5 @@ class CARAFEPack(_Pack):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
-        logits = pixel_shuffle(self.content_encoder(self.channel_compressor(x)), self.scale_factor)
-        masks = logits.unflatten(1, (self.up_group, self.up_kernel**2)).softmax(dim=2).flatten(1, 2)
-        return carafe(x, masks, self.up_kernel, self.up_group, self.scale_factor)
+        logits = self.content_encoder(self.channel_compressor(x))
+        return carafe_upsample(x, logits, self.scale_factor, self.up_kernel, self.up_group)

@@ -18,6 +18,7 @@ from . import _checks
 __all__ = [
     "CAMParts",
     "carafe",
+    "carafe_upsample",
     "class_activation_map",
     "class_activation_parts",
     "dlu_upsample",
@@ -46,6 +47,16 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
             tap = taps[u * k + v]
             output = shifted * tap if output is None else output.addcmul_(shifted, tap)
     return output.flatten(1, 2).to(features.dtype)
+
+
+def carafe_upsample(
+    features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+) -> Tensor:
+    """See `dlu_triton.carafe_upsample`."""
+    _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
+    shuffled = pixel_shuffle(logits, scale_factor).unflatten(1, (groups, kernel_size**2))
+    masks = shuffled.to(_wide(logits.dtype)).softmax(dim=2).to(logits.dtype).flatten(1, 2)
+    return carafe(features, masks, kernel_size, groups, scale_factor)
 
 
 def expand_kernels(

@@ -13,12 +13,11 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,11 +26,36 @@ from triton.runtime.jit import JITFunction
 WARP_SIZE = {"cuda": 32, "hip": 64}
 
 
+class StubLauncher:
+    """Takes what would go to the GPU."""
+
+    def __init__(self, *description: object) -> None:
+        pass
+
+    def __call__(self, *arguments: object) -> None:
+        pass
+
+
+class StubUtils:
+    """Counts the kernels that are loaded."""
+
+    loaded = 0
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return {"max_shared_mem": 2**20, "warpSize": 32, "max_num_regs": 2**16}
+
+    def load_binary(self, *arguments: object) -> tuple[int, ...]:
+        self.loaded += 1
+        return (0, self.loaded, 64, 0, 1024)  # module, function, registers, spills, threads
+
+
 class StubDriver:
-    """As much of a driver as compilation asks for."""
+    """As much of a driver as compilation and launches ask for."""
+
+    launcher_cls = StubLauncher
 
     def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+        self.target, self.utils = target, StubUtils()
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -113,6 +137,9 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
     masks = meta(g * k * k, s * h, s * w, kernel_dtype)
     carafe.carafe_op._init_fn(features, masks, k, g, s)
     carafe.carafe_backward_op._init_fn(output, features, masks, k, g, s, True, True)
+    logits = meta(g * k * k * s * s, h, w, kernel_dtype)
+    carafe.carafe_upsample_op._init_fn(features, logits, s, k, g)
+    carafe.carafe_upsample_backward_op._init_fn(output, features, logits, s, k, g, True, True)
     dlu.dlu_upsample_op._init_fn(features, space, offsets, s, k, g)
     dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
     dlu.expand_kernels_op._init_fn(space, offsets, s, k, g)
@@ -157,52 +184,48 @@ def resources(kernel, target: GPUTarget) -> dict:
         usage["local"] = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
         usage["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
         return usage
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        report = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout))
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine_code.dump(kernel, "-res-usage")))
     usage["registers"] = int(found["REG"])
     usage["local"] = int(found["STACK"]) + int(found["LOCAL"])
-    usage["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", sass, re.MULTILINE)
-    opcodes = [opcode for _, opcode, _ in found]
+    code = machine_code.instructions(machine_code.dump(kernel, "-sass"))
+    opcodes = [each.opcode for each in code]
+    usage["spills"] = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
     usage["instructions"] = len(opcodes)
-    addresses = [int(address, 16) for address, _, _ in found]
-    jumps = [
-        (int(target[1], 16), int(address, 16))
-        for address, opcode, operands in found
-        if opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
-    ]
-    usage["longest_loop"] = max(
-        (sum(start <= address <= end for address in addresses) for start, end in jumps if start < end), default=0
-    )
-    usage["tensor_core"] = sum(re.match(r"(H|D|Q|UTCH|UTCQ)G?MMA", opcode) is not None for opcode in opcodes)
+    usage["longest_loop"] = machine_code.longest_loop(code)
+    usage["tensor_core"] = sum(machine_code.TENSOR_CORE.match(opcode) is not None for opcode in opcodes)
     return usage
 
 
-def compile_case(target: GPUTarget, launch: Callable[..., None], case: tuple) -> list[dict]:
-    """Resources of every kernel that one case launches."""
+@contextmanager
+def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
+    """Launches inside compile for the target and stop there; the list fills with (name, kernel, constants)."""
+    from dlu_triton import _launch
+
     triton.runtime.driver.set_active(StubDriver(target))
     torch.version.hip = "stub" if target.backend == "hip" else None  # as `_launch` tells them apart
+    _launch.forget_launches()  # of other targets
     compiled = []
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
         kernel = run(self, *args, warmup=True, **kwargs)
-        compiled.append((self.__name__, kernel))
+        compiled.append((self.__name__, kernel, kwargs))
         return kernel
 
     JITFunction.run = compile_only
     try:
-        launch(*case)
+        yield compiled
     finally:
         JITFunction.run = run
+
+
+def compile_case(target: GPUTarget, launch: Callable[..., None], case: tuple) -> list[dict]:
+    """Resources of every kernel that one case launches."""
+    with compiling(target) as compiled:
+        launch(*case)
     name = " ".join(str(part).removeprefix("torch.") for part in case)
     rows, seen = [], set()
-    for kernel_name, kernel in compiled:
+    for kernel_name, kernel, _ in compiled:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             rows.append(

@@ -64,6 +64,22 @@ def test_carafe_gradients(library, device):
     assert grad_masks[0].tolist() == expected.tolist()
 
 
+def test_carafe_upsample_shuffles_then_normalises(library, device):
+    """Of each 2 x 2 outputs one takes the centre, one its right, one its lower neighbour, and one the mean of both."""
+    logits = torch.full((1, 9, 2, 2, 3, 3), -math.inf)  # tap, row and column among the four, pixel
+    logits[0, 4, 0, 0] = logits[0, 5, 0, 1] = logits[0, 7, 1, 0] = 0
+    logits[0, [5, 7], 1, 1] = 3
+    output = library.carafe_upsample(IMAGE.to(device)[None, None], logits.flatten(1, 3).to(device), 2, 3)
+    assert output[0, 0].tolist() == [
+        [1, 2, 2, 3, 3, 0],
+        [4, 3, 5, 4, 6, 3],
+        [4, 5, 5, 6, 6, 0],
+        [7, 6, 8, 7, 9, 4.5],
+        [7, 8, 8, 9, 9, 0],
+        [0, 4, 0, 4.5, 0, 0],
+    ]
+
+
 def kernel_space_of(probability):
     """Logits of a 3-tap-wide kernel space whose tap 0 has this probability per pixel and tap 8 the rest."""
     space = torch.full((1, 9, 3, 3), -math.inf, dtype=torch.float64)

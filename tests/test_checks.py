@@ -10,20 +10,23 @@ from dlu_triton import reference
 
 
 def maps(device, dtype=torch.float32):
-    """features, kernel_space, offsets, masks for C = 4, 3 x 5 pixels, kernel 3, scale 2, one group."""
-    shapes = ((1, 4, 3, 5), (1, 9, 3, 5), (1, 8, 3, 5), (1, 9, 6, 10))
+    """features, kernel_space, offsets, masks, logits for C = 4, 3 x 5 pixels, kernel 3, scale 2, one group."""
+    shapes = ((1, 4, 3, 5), (1, 9, 3, 5), (1, 8, 3, 5), (1, 9, 6, 10), (1, 36, 3, 5))
     return [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
 
 
 CALLS = {
-    "dlu_upsample": lambda library, x, s, o, m, **sizes: library.dlu_upsample(
+    "dlu_upsample": lambda library, x, s, o, m, logits, **sizes: library.dlu_upsample(
         x, s, o, **{"scale_factor": 2, "kernel_size": 3, **sizes}
     ),
-    "expand_kernels": lambda library, x, s, o, m, **sizes: library.expand_kernels(
+    "expand_kernels": lambda library, x, s, o, m, logits, **sizes: library.expand_kernels(
         s, o, **{"scale_factor": 2, "kernel_size": 3, **sizes}
     ),
-    "carafe": lambda library, x, s, o, m, **sizes: library.carafe(
+    "carafe": lambda library, x, s, o, m, logits, **sizes: library.carafe(
         x, m, **{"kernel_size": 3, "group_size": 1, "scale_factor": 2, **sizes}
+    ),
+    "carafe_upsample": lambda library, x, s, o, m, logits, **sizes: library.carafe_upsample(
+        x, logits, **{"scale_factor": 2, "kernel_size": 3, **sizes}
     ),
 }
 
@@ -57,6 +60,11 @@ MAPS = [
     ("carafe", 3, lambda x: x[:, :, :5], ValueError, "masks must have shape (N, group_size*kernel_size^2, scale_factor*H, scale_factor*W) = (1, 9, 6, 10), got (1, 9, 5, 10)"),
     ("carafe", 3, lambda x: x[0], ValueError, "masks must have 4 dimensions (N, C, H, W), got shape (9, 6, 10)"),
     ("carafe", 3, lambda x: x.to("meta"), ValueError, "masks must be on the device of features, "),
+    ("carafe_upsample", 0, lambda x: x[None], ValueError, "features must have 4 dimensions (N, C, H, W), got shape (1, 1, 4, 3, 5)"),
+    ("carafe_upsample", 4, lambda x: x[:, :9], ValueError, "logits must have shape (N, groups*kernel_size^2*scale_factor^2, H, W) = (1, 36, 3, 5), got (1, 9, 3, 5)"),
+    ("carafe_upsample", 4, lambda x: x.int(), TypeError, "logits must be float16, bfloat16, float32 or float64, got torch.int32"),
+    ("carafe_upsample", 4, lambda x: x.double(), TypeError, "logits must be float64 exactly when features is: features torch.float32, got torch.float64"),
+    ("carafe_upsample", 4, lambda x: x.to("meta"), ValueError, "logits must be on the device of features, "),
     ("expand_kernels", 2, lambda x: x.to("meta"), ValueError, "offsets must be on the device of kernel_space, "),
     ("dlu_upsample", 1, lambda x: x.to("meta"), ValueError, "kernel_space must be on the device of features, "),
 ]  # fmt: skip
@@ -83,7 +91,9 @@ def test_maps(operator, index, change, error, message, library, device):
 
 
 @pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
-@pytest.mark.parametrize(("operator", "name"), [("dlu_upsample", "groups"), ("carafe", "group_size")])
+@pytest.mark.parametrize(
+    ("operator", "name"), [("dlu_upsample", "groups"), ("carafe", "group_size"), ("carafe_upsample", "groups")]
+)
 def test_groups(operator, name, library, device):
     tensors = maps(device)
     for value in (3, 8):
@@ -105,7 +115,7 @@ def test_a_device_without_kernels_is_refused(monkeypatch):
 def test_numpy_integers_are_integers(device):
     import numpy as np
 
-    features, space, offsets, _ = maps(device)
+    features, space, offsets, *_ = maps(device)
     assert dlu_triton.dlu_upsample(features, space, offsets, np.int64(2), np.int32(3)).shape == (1, 4, 6, 10)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+SCRIPT, MODEL = (Path(__file__).with_name(name) for name in ("compile_kernels.py", "forward_model.py"))
 KERNELS = {
     "softmax_forward", "softmax_backward", "sample_forward", "sample_backward",
     "reassemble_forward", "reassemble_backward_features", "reassemble_backward_kernels",
@@ -20,9 +20,18 @@ SHARED = {"cuda:90": 227 * 1024, "cuda:80": 99 * 1024, "cuda:100": 227 * 1024, "
 
 @pytest.fixture(scope="module")
 def compiled():
+    return rows_of(SCRIPT, *SHARED)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return rows_of(MODEL, "--json")
+
+
+def rows_of(script, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
-        [sys.executable, SCRIPT, *SHARED], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return [json.loads(line) for line in process.stdout.splitlines()]
@@ -50,3 +59,51 @@ def test_half_precision_reassembles_on_tensor_cores(compiled):
     assert len(rows) > 50
     scalar = [f"{row['target']} {row['kernel']} [{row['case']}]" for row in rows if not row["tensor_core"]]
     assert not scalar, "\n".join(scalar)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The forward pass on sm_90: budgets that leave memory as its limit
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def over_budget(rows, resource, share):
+    return [
+        f"{row['operator']} {row['dtype']} {row['layout']} C {row['channels']} s {row['scale']}: {row[resource]}"
+        for row in rows
+        if row[resource] > share
+    ]
+
+
+@pytest.mark.parametrize(("resource", "share"), [("instructions", 0.8), ("tensor cores", 0.75), ("cache lines", 1.05)])
+def test_wide_maps_are_not_limited_by(resource, share, model):
+    """Shares of the time that the bytes of a tile take; of maps with 256 channels."""
+    rows = [row for row in model if row["channels"] == 256]
+    assert len(rows) == 20
+    assert not over_budget(rows, resource, share)
+
+
+def test_narrow_maps_are_limited_by_instructions(model):
+    """64 channels do not amortise the kernels of an output; how far from it is kept from growing."""
+    rows = [row for row in model if row["channels"] == 64]
+    assert len(rows) == 8
+    assert not over_budget(rows, "instructions", 1.7)
+    assert not over_budget(rows, "tensor cores", 0.5)
+    assert not over_budget(rows, "cache lines", 0.75)
+
+
+def test_enough_warps_hide_latency(model):
+    few = [f"{row['dtype']} {row['layout']} s {row['scale']}: {row['warps']}" for row in model if row["warps"] < 12]
+    assert not few, "\n".join(few)
+
+
+def test_streams_are_wide(model):
+    """Outputs leave 16 bytes at a time; features arrive so where channels are innermost, else in pairs of columns."""
+    for row in model:
+        case = f"{row['operator']} {row['dtype']} {row['layout']} C {row['channels']} s {row['scale']}"
+        assert row["wgmma"] > 0, case
+        assert row["narrow stores"] == 0, case
+        assert row["wide stores"] == row["output bytes"] // (16 * 32 * row["program warps"]), case
+        if row["operator"] == "dlu_upsample":  # but for its offsets
+            assert row["scalar loads"] <= 4, case
+        if row["layout"] == "channels_last":
+            assert row["wide loads"] >= row["feature bytes"] // (16 * 32 * row["program warps"]), case

@@ -207,7 +207,7 @@ def test_training_on_the_eager_path(module):
 
 def test_public_names():
     operators = {
-        "carafe", "class_activation_map", "class_activation_parts", "dlu_upsample", "expand_kernels",
+        "carafe", "carafe_upsample", "class_activation_map", "class_activation_parts", "dlu_upsample", "expand_kernels",
         "weighted_activation_map", "xgrad_cam",
     }  # fmt: skip
     assert set(dlu_triton.__all__) == operators | {

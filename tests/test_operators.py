@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+import triton
 from layouts import channels_last, expanded, scalar, sliced, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,7 +70,57 @@ def test_channels_shared_between_programs(operator, device, monkeypatch):
     case = Case("", channels=200, height=3, width=3, kernel_size=3)
     for enough in (1, 10**6):
         monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", enough)
+        _launch.forget_launches()
         assert_within_bounds(operator, case, torch.float32, device)
+    _launch.forget_launches()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), **by_name)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize(
+    ("scale_factor", "width", "channels"),
+    [(2, 20, 64), (2, 18, 66), (2, 19, 24), (4, 10, 40), (4, 9, 3), (8, 6, 64), (16, 3, 17), (3, 8, 80), (1, 40, 16)],
+)
+def test_forward_at_tiles_and_widths(scale_factor, width, channels, channels_last, dtype, device):
+    """Rows that can be read in pairs and written 16 bytes at a time, those that cannot, and channels in runs."""
+    case = Case(
+        "", batch=2, channels=channels, height=3, width=width, scale_factor=scale_factor, channels_last=channels_last
+    )
+    arguments = _verify.inputs("dlu_upsample", case, dtype, device)
+    del arguments["grad_output"]
+    truth, eager = (
+        reference.dlu_upsample(*tensors, scale_factor)
+        for tensors in ([value.double() for value in arguments.values()], arguments.values())
+    )
+    output = dlu_triton.dlu_upsample(*arguments.values(), scale_factor)
+    bound = 2 * (eager - truth).abs().max() + _verify.SLACK[dtype] * torch.finfo(dtype).eps * truth.abs().max()
+    assert (output - truth).abs().max() <= bound
+    assert output.stride() == eager.stride()
+
+
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_offsets_of_64_bits(operator, channels_last, device, monkeypatch):
+    """What huge images take, forced on a small one."""
+    monkeypatch.setattr(_launch, "MOST_32_BIT_OFFSETS", 0)
+    _launch.forget_launches()
+    case = Case("", batch=2, channels=24, height=3, width=8, groups=2, channels_last=channels_last)
+    assert_within_bounds(operator, case, torch.float32, device)
+    _launch.forget_launches()
+
+
+def test_which_images_take_64_bits():
+    """Only those whose own elements are as far apart, however large the batch or the storage behind a view."""
+    whole = torch.empty(3, 2**10, 2**10, 2**11, dtype=torch.bool, device="meta")
+    for tensor, wide in (
+        (whole, True),
+        (whole[:, :512], False),
+        (whole[:, ::2], True),
+        (whole[:, :, :, :512], True),
+        (whole[:1, :1], False),
+        (torch.empty(2**12, 2**10, 2**10, 1, dtype=torch.bool, device="meta"), False),
+    ):
+        assert (_launch.index_dtype(None, tensor) == triton.language.int64) == wide, tensor.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,14 +242,16 @@ def test_empty_batch(library, device):
         return torch.ones(0, *shape, device=device, requires_grad=True)
 
     features, space, offsets, masks = empty(4, 3, 5), empty(18, 3, 5), empty(16, 3, 5), empty(18, 6, 10)
+    logits = empty(72, 3, 5)
     outputs = (
         library.dlu_upsample(features, space, offsets, 2, 3, 2),
         library.carafe(features, masks, 3, 2, 2),
+        library.carafe_upsample(features, logits, 2, 3, 2),
         library.expand_kernels(space, offsets, 2, 3, 2),
     )
-    assert [tuple(output.shape) for output in outputs] == [(0, 4, 6, 10), (0, 4, 6, 10), (0, 18, 6, 10)]
+    assert [tuple(output.shape) for output in outputs] == [*[(0, 4, 6, 10)] * 3, (0, 18, 6, 10)]
     sum(output.sum() for output in outputs).backward()
-    for tensor in (features, space, offsets, masks):
+    for tensor in (features, space, offsets, masks, logits):
         assert tensor.grad.shape == tensor.shape
 
 
@@ -245,7 +298,7 @@ def test_float16_sums_beyond_its_range(device):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", ["dlu_upsample", "carafe"])
+@pytest.mark.parametrize("operator", ["dlu_upsample", "carafe", "carafe_upsample"])
 def test_fused_forward_allocates_neither_masks_nor_grid(operator, device, monkeypatch):
     """Only the output and, for DLU, the normalised kernel space at low resolution."""
     case = Case("", channels=8, height=4, width=4, scale_factor=3)
@@ -294,17 +347,21 @@ def test_opcheck(layout, device):
     tensors = _verify.inputs("dlu_upsample", case, torch.float32, device)
     tensors = {name: value.contiguous(memory_format=layout) for name, value in tensors.items()}
     masks = _verify.inputs("carafe", case, torch.float32, device)["masks"].contiguous(memory_format=layout)
+    logits = _verify.inputs("carafe_upsample", case, torch.float32, device)["logits"].contiguous(memory_format=layout)
     grad_output = tensors.pop("grad_output")
     features, space, offsets = (value.requires_grad_() for value in tensors.values())
     torch.library.opcheck(dlu_ops.dlu_upsample_op, (features, space, offsets, 2, 3, 2))
     torch.library.opcheck(dlu_ops.expand_kernels_op, (space, offsets, 2, 3, 2))
     torch.library.opcheck(carafe_ops.carafe_op, (features, masks.requires_grad_(), 3, 2, 2))
-    features, space, offsets, masks = (tensor.detach() for tensor in (features, space, offsets, masks))
+    torch.library.opcheck(carafe_ops.carafe_upsample_op, (features, logits.requires_grad_(), 2, 3, 2))
+    tensors = (features, space, offsets, masks, logits)
+    features, space, offsets, masks, logits = (tensor.detach() for tensor in tensors)
     torch.library.opcheck(
         dlu_ops.dlu_upsample_backward_op, (grad_output, features, space, offsets, 2, 3, 2, True, True, True)
     )
     torch.library.opcheck(dlu_ops.expand_kernels_backward_op, (masks, space, offsets, 2, 3, 2, False, True))
     torch.library.opcheck(carafe_ops.carafe_backward_op, (grad_output, features, masks, 3, 2, 2, True, True))
+    torch.library.opcheck(carafe_ops.carafe_upsample_backward_op, (grad_output, features, logits, 2, 3, 2, True, True))
 
 
 def test_meta_tensors_give_the_shape():

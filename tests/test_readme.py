@@ -70,6 +70,7 @@ def test_migration(device):
     torch.testing.assert_close(torch.from_numpy(names["grayscale_cam"]), expected.cpu())
 
 
-def test_tables_are_those_of_the_results():
-    done = subprocess.run([sys.executable, ROOT / "bench" / "tables.py", "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr or "run python bench/tables.py"
+def test_tables_and_plots_are_those_of_the_results():
+    pytest.importorskip("matplotlib")
+    done = subprocess.run([sys.executable, ROOT / "bench" / "report.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

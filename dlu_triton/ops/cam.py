@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import _checks, _launch, reference
@@ -22,7 +21,7 @@ def _channels(
     n, c, h, w = activations.shape
     classes = gradients.shape[1]
     tile = _launch.plane_tile(activations, gradients)
-    slices = triton.cdiv(c, tile.channels)
+    slices = _launch.cdiv(c, tile.channels)
     with torch.cuda.device_of(activations):
         _cam_kernels.cam_channels[(n * classes * slices,)](
             *_launch.plane(activations),
@@ -49,7 +48,7 @@ def _partial_maps(
     n, c, h, w = activations.shape
     classes = (gradients if weights is None else weights).shape[1]
     tile = _launch.plane_tile(activations, gradients)
-    tiles = triton.cdiv(h * w, tile.pixels)
+    tiles = _launch.cdiv(h * w, tile.pixels)
     slices, per_program = _launch.map_slices(n * classes * tiles, c, tile, h * w)
     partials = (
         raw.unsqueeze(2) if slices == 1 else torch.empty((n, classes, slices, h, w), dtype=raw.dtype, device=raw.device)

@@ -9,9 +9,7 @@ from . import _reassembly, _registration
 
 @torch.library.custom_op("dlu_triton::carafe", mutates_args=())
 def carafe_op(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    return _reassembly.forward(
-        features, _launch.by_group(masks, group_size), None, kernel_size, group_size, scale_factor
-    )
+    return _reassembly.forward(features, masks, None, kernel_size, group_size, scale_factor)
 
 
 @carafe_op.register_fake
@@ -34,16 +32,14 @@ def carafe_backward_op(
     """The wanted ones of grad_features and grad_masks, in this order."""
     gradients = []
     if wants_features:
-        kernels = _launch.by_group(masks, group_size)
         gradients.append(
-            _reassembly.backward_features(grad_output, features, kernels, None, kernel_size, group_size, scale_factor)
+            _reassembly.backward_features(grad_output, features, masks, None, kernel_size, group_size, scale_factor)
         )
     if wants_masks:
         grad_masks = torch.empty_like(masks)
         _reassembly.backward_kernels(
-            grad_output, features, kernel_size, group_size, scale_factor,
-            grad_masks=_launch.by_group(grad_masks, group_size),
-        )  # fmt: skip
+            grad_output, features, kernel_size, group_size, scale_factor, grad_kernels=grad_masks
+        )
         gradients.append(grad_masks)
     return gradients
 
@@ -62,7 +58,62 @@ def _(
     return _registration.empty_like_wanted((features, masks), (wants_features, wants_masks))
 
 
+@torch.library.custom_op("dlu_triton::carafe_upsample", mutates_args=())
+def carafe_upsample_op(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
+    return _reassembly.forward(features, logits, None, kernel_size, groups, scale_factor, logits=True)
+
+
+@carafe_upsample_op.register_fake
+def _(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
+    _, c, h, w = features.shape
+    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
+
+
+@torch.library.custom_op("dlu_triton::carafe_upsample_backward", mutates_args=())
+def carafe_upsample_backward_op(
+    grad_output: Tensor,
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    wants_features: bool,
+    wants_logits: bool,
+) -> list[Tensor]:
+    """The wanted ones of grad_features and grad_logits, in this order."""
+    gradients = []
+    if wants_features:
+        gradients.append(
+            _reassembly.backward_features(
+                grad_output, features, logits, None, kernel_size, groups, scale_factor, logits=True
+            )
+        )
+    if wants_logits:
+        grad_logits = torch.empty_like(logits)
+        _reassembly.backward_kernels(
+            grad_output, features, kernel_size, groups, scale_factor,
+            kernels=logits, grad_kernels=grad_logits, logits=True,
+        )  # fmt: skip
+        gradients.append(grad_logits)
+    return gradients
+
+
+@carafe_upsample_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    wants_features: bool,
+    wants_logits: bool,
+) -> list[Tensor]:
+    return _registration.empty_like_wanted((features, logits), (wants_features, wants_logits))
+
+
 _registration.register_autograd(carafe_op, carafe_backward_op, tensors=2)
+_registration.register_autograd(carafe_upsample_op, carafe_upsample_backward_op, tensors=2)
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -96,3 +147,36 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.kernel_device("features", features)
     return carafe_op(features, masks, kernel_size, group_size, scale_factor)
+
+
+def carafe_upsample(
+    features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+) -> Tensor:
+    """CARAFE from what its content encoder puts out (arXiv 1905.02188, sections 3.2 and 3.3).
+
+    Equal to `carafe(features, masks, kernel_size, groups, scale_factor)` with masks that are the logits after a pixel
+    shuffle and a softmax over the kernel_size^2 channels of each group; here neither writes anything to memory.
+
+    Args:
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        logits: (N, groups * kernel_size^2 * scale_factor^2, H, W), any strides. Channel
+            ((g * kernel_size^2 + t) * scale_factor + i) * scale_factor + j is tap t of group g for output pixel (i, j)
+            of the scale_factor x scale_factor ones of a source pixel. Float32 and half precision may be mixed with
+            that of the features; float64 goes with float64 only.
+        scale_factor: from 1 to 16.
+        kernel_size: odd, from 1 to 9.
+        groups: number of channel groups, a divisor of C; each has kernels of its own.
+
+    Returns:
+        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features. Softmax and sums
+        are float32 at least.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
+        ValueError: a size, a divisibility rule or the device does not fit.
+    """
+    if not _launch.runs_kernels(features):
+        return reference.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
+    _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
+    _checks.kernel_device("features", features)
+    return carafe_upsample_op(features, logits, scale_factor, kernel_size, groups)

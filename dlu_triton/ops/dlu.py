@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import _checks, _launch, reference
@@ -18,40 +17,43 @@ _Launch = tuple[tuple[int], tuple[int, ...], dict[str, Any]]  # grid, sizes, con
 
 
 def _softmax(kernel_space: Tensor, groups: int, kernel_size: int) -> Tensor:
-    """Logits (N, G*k*k, H, W) -> normalised kernels, a view (N, G, taps, H, W) with padded taps innermost."""
+    """Logits (N, G*k*k, H, W) -> normalised kernels (N, G, H, W, taps), the taps padded."""
     space = _launch.new_space(kernel_space, groups, kernel_size, _launch.space_dtype(kernel_space.dtype))
     if space.numel():
-        grid, sizes, constants = _softmax_launch(kernel_space, groups, kernel_size)
-        with torch.cuda.device_of(kernel_space):
-            _kernels.softmax_forward[grid](
-                *_launch.pointer_and_strides(_launch.by_group(kernel_space, groups), 5),
-                *_launch.pointer_and_strides(space, 5),
-                *sizes, **constants,
-            )  # fmt: skip
+        _launch.launch(_softmax_forward_launch, (kernel_space, space), groups, kernel_size)
     return space
+
+
+def _softmax_forward_launch(tensors: tuple[Tensor, Tensor], groups: int, kernel_size: int) -> _launch.Launch:
+    kernel_space, space = tensors
+    (programs,), sizes, constants = _softmax_launch(kernel_space, space, groups, kernel_size)
+    arguments = (*_launch.logits_plane(kernel_space, groups), space, *sizes)
+    constants |= {"TAPS_INNER": _launch.taps_inner(kernel_space)}
+    return _launch.Launch(_kernels.softmax_forward, programs, arguments, constants)
 
 
 def _softmax_backward(kernel_space: Tensor, grad_space: Tensor, groups: int, kernel_size: int) -> Tensor:
     """Gradient of the normalised kernels -> gradient of the logits."""
     grad_logits = torch.empty_like(kernel_space)
     if grad_logits.numel():
-        grid, sizes, constants = _softmax_launch(kernel_space, groups, kernel_size)
+        grid, sizes, constants = _softmax_launch(kernel_space, grad_space, groups, kernel_size)
         with torch.cuda.device_of(kernel_space):
             _kernels.softmax_backward[grid](
-                *_launch.pointer_and_strides(_launch.by_group(kernel_space, groups), 5),
-                *_launch.pointer_and_strides(grad_space, 5),
-                *_launch.pointer_and_strides(_launch.by_group(grad_logits, groups), 5),
+                *_launch.logits_plane(kernel_space, groups),
+                grad_space,
+                *_launch.logits_plane(grad_logits, groups),
                 *sizes, **constants,
             )  # fmt: skip
     return grad_logits
 
 
-def _softmax_launch(kernel_space: Tensor, groups: int, kernel_size: int) -> _Launch:
+def _softmax_launch(kernel_space: Tensor, space: Tensor, groups: int, kernel_size: int) -> _Launch:
     n, _, h, w = kernel_space.shape
     block = _launch.pixels_per_program(kernel_size)
-    blocks = triton.cdiv(h * w, block)
+    blocks = _launch.cdiv(h * w, block)
     constants = dict(
         KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size), BLOCK_P=block,
+        INDEX=_launch.index_dtype(kernel_space, space),
         **_launch.accumulator(kernel_space.dtype), **_launch.options(kernel_size),
     )  # fmt: skip
     return (n * groups * blocks,), (h, w, groups, blocks), constants
@@ -60,12 +62,12 @@ def _softmax_launch(kernel_space: Tensor, groups: int, kernel_size: int) -> _Lau
 def _sample(space: Tensor, offsets: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> None:
     """Write the kernels sampled at the offsets into `masks`."""
     if masks.numel():
-        grid, sizes, constants = _sampling_launch(space, masks.dtype, scale_factor, kernel_size)
+        grid, sizes, constants = _sampling_launch(space, offsets, masks, scale_factor, kernel_size)
         with torch.cuda.device_of(masks):
             _kernels.sample_forward[grid](
-                *_launch.pointer_and_strides(space, 5),
+                space,
                 *_launch.pointer_and_strides(offsets, 4),
-                *_launch.pointer_and_strides(_launch.by_group(masks, space.shape[1]), 5),
+                *_launch.pointer_and_group_strides(masks, space.shape[1]),
                 *sizes, **constants,
             )  # fmt: skip
 
@@ -82,11 +84,11 @@ def _sample_backward(
 ) -> None:
     """Add to `grad_space` and write `grad_offsets`, whichever is given."""
     if grad_masks.numel():
-        grid, sizes, constants = _sampling_launch(space, grad_masks.dtype, scale_factor, kernel_size)
+        grid, sizes, constants = _sampling_launch(space, offsets, grad_masks, scale_factor, kernel_size)
         with torch.cuda.device_of(grad_masks):
             _kernels.sample_backward[grid](
-                *_launch.pointer_and_strides(_launch.by_group(grad_masks, space.shape[1]), 5),
-                *_launch.pointer_and_strides(space, 5),
+                *_launch.pointer_and_group_strides(grad_masks, space.shape[1]),
+                space,
                 *_launch.pointer_and_strides(offsets, 4),
                 grad_space,
                 *_launch.pointer_and_strides(grad_offsets, 4),
@@ -94,13 +96,14 @@ def _sample_backward(
             )  # fmt: skip
 
 
-def _sampling_launch(space: Tensor, dtype: torch.dtype, scale_factor: int, kernel_size: int) -> _Launch:
-    n, groups, taps, h, w = space.shape
-    tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
-    tiles_h, tiles_w = triton.cdiv(scale_factor * h, tile.BLOCK_H), triton.cdiv(scale_factor * w, tile.BLOCK_W)
+def _sampling_launch(space: Tensor, offsets: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> _Launch:
+    n, groups, h, w, taps = space.shape
+    tile = _launch.output_tile(scale_factor, kernel_size, masks.dtype.itemsize)
+    tiles_h, tiles_w = _launch.cdiv(scale_factor * h, tile.BLOCK_H), _launch.cdiv(scale_factor * w, tile.BLOCK_W)
     constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
-        **_launch.accumulator(dtype), **_launch.options(kernel_size),
+        INDEX=_launch.index_dtype(space, offsets, masks),
+        **_launch.accumulator(masks.dtype), **_launch.options(kernel_size),
     )  # fmt: skip
     return (n * tiles_h * tiles_w * groups,), (h, w, tiles_h, tiles_w, groups), constants
 
@@ -177,7 +180,7 @@ def dlu_upsample_backward_op(
 
         def launch(**outputs: Tensor | None) -> None:
             _reassembly.backward_kernels(
-                grad_output, features, kernel_size, groups, scale_factor, space=space, offsets=offsets, **outputs
+                grad_output, features, kernel_size, groups, scale_factor, kernels=space, offsets=offsets, **outputs
             )
 
         gradients += _kernel_gradients(launch, space, kernel_space, offsets, kernel_size, wants_space, wants_offsets)

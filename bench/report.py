@@ -1,0 +1,587 @@
+"""Writes README's tables and plots from the committed results; `--check` only tells whether they are up to date.
+
+python -m dlu_triton explain && cp dlu_explain/explain.json bench/results/
+python -m pytest bench --full --benchmark-only --benchmark-json bench/results/gpu.json  # where there is a GPU
+python -m pytest bench --benchmark-only --benchmark-json bench/results/cpu.json  # where there is none
+python bench/report.py
+
+Draws with the matplotlib of constraints.txt: another one may draw other bytes, and then the plots count as out of date.
+"""
+
+import argparse
+import html
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.style
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("bench/results")
+PLOTS = RESULTS / "plots"
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+MAKE = "python -m pytest bench {}--benchmark-only --benchmark-json {} && python bench/report.py"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run of the benchmarks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Fields(dict[str, Any]):
+    """An object of a results file, which says so if it lacks a field."""
+
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.name = name
+
+    def __missing__(self, field: str) -> Any:
+        raise ValueError(f"{self.name} has no field {field!r}: measure again with the benchmarks of this commit")
+
+
+class Comparison(NamedTuple):
+    """What two times have in common that may be compared, besides their run."""
+
+    op: str
+    case: str
+    dtype: str
+    layout: str
+    direction: str
+
+
+class Run(NamedTuple):
+    path: str
+    machine: Fields
+    records: dict[Comparison, dict[str, Fields]]  # by implementation; those of rivals that cannot run have an `error`
+
+    def select(self, impl: str, op: str | None = None, direction: str | None = None) -> list[Comparison]:
+        """Comparisons that an implementation has a record in."""
+        return [
+            key
+            for key, impls in self.records.items()
+            if impl in impls and op in (None, key.op) and direction in (None, key.direction)
+        ]
+
+
+PASSES = ("forward", "backward", "forward+backward", "explanation")
+# Other mathematics at the same shapes, shown beside the upsamplers for context.
+CONTEXT, UPSAMPLERS = ("interpolate", "dysample"), ("dlu_upsample", "carafe_upsample", "carafe")
+
+
+def read(root: Path, name: str, device: str, *, allow_dirty: bool) -> Run | None:
+    """The run of a results file, if there is one; ValueError if it does not tell what was measured, or where."""
+    path = RESULTS / name
+    if not root.joinpath(path).exists():
+        return None
+    contents = Fields(str(path), json.loads(root.joinpath(path).read_text()))
+    machine = Fields(f"machine_info of {path}", contents["machine_info"])
+    if machine["device"] != device:
+        raise ValueError(f"{path} must be of device {device!r}, got {machine['device']!r}")
+    if not allow_dirty and (machine["dirty"] or machine["commit"] is None):
+        raise ValueError(f"{path} must be measured at a commit, got a dirty tree or none: commit, then measure again")
+    measured = [
+        Fields(f"{each['name']} of {path}", {**each["extra_info"], "seconds": each["stats"]["median"]})
+        for each in contents["benchmarks"]
+    ]
+    unsupported = [Fields(f"a record of `unsupported` of {path}", each) for each in contents["unsupported"]]
+    records = defaultdict(dict)
+    for record in (*measured, *unsupported):
+        key = Comparison(record["op"], _label(record["shape"]), record["dtype"], record["layout"], record["pass"])
+        if record["impl"] in records[key]:
+            raise ValueError(f"{path} must hold one run, got {record['impl']} twice for {' '.join(key)}")
+        records[key][record["impl"]] = record
+    return Run(str(path), machine, dict(records))
+
+
+def rivals(run: Run, key: Comparison, ours: str) -> dict[str, Fields]:
+    """What the record of `ours` is compared with, by the title of its column."""
+    found = {impl: record for impl, record in run.records[key].items() if impl != ours}
+    for op in CONTEXT if key.op in UPSAMPLERS else ():
+        for impl, record in run.records.get(key._replace(op=op), {}).items():
+            found[op if impl == op else f"{op} {impl}"] = record
+    return found
+
+
+def speedups(run: Run, keys: Iterable[Comparison], ours: str) -> dict[str, list[float]]:
+    """By rival: how many times its time is ours, in each comparison that both ran."""
+    found = defaultdict(list)
+    for key in keys:
+        mine = run.records[key][ours]
+        for name, record in rivals(run, key, ours).items():
+            if "error" not in record and "error" not in mine:
+                found[name].append(record["seconds"] / mine["seconds"])
+    return found
+
+
+def elements(record: Fields) -> int:
+    """How many numbers an upsampler returns."""
+    return math.prod(record["shape"]["features"]) * record["shape"]["scale_factor"] ** 2
+
+
+def scaling(run: Run) -> dict[str, list[tuple[int, Fields]]]:
+    """Sizes of the output and records of DLU's forward pass by what else they have in common; three sizes at least."""
+    series = defaultdict(list)
+    for key in run.select("triton", "dlu_upsample", "forward"):
+        record = run.records[key]["triton"]
+        if "error" not in record:
+            shape = {**record["shape"], "features": record["shape"]["features"][1:2]}
+            name = f"C {_label(shape)} {key.dtype} {key.layout}"
+            series[name].append((elements(record), record))
+    return {
+        name: sorted(points, key=lambda point: (point[0], point[1]["seconds"]))
+        for name, points in series.items()
+        if len({size for size, _ in points}) >= 3
+    }
+
+
+def _label(shape: dict[str, Any]) -> str:
+    """A shape in words: the size of the tensor, then what else there is by name."""
+    names = {"features": "", "scale_factor": "s ", "kernel_size": "k "}
+    words = []
+    for name, value in shape.items():
+        text = TIMES.join(map(str, value)) if isinstance(value, list) else str(value)
+        words.append(names.get(name, f"{name} ") + text)
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------
+
+Column = Callable[[Fields], str]
+
+
+class Notes:
+    """Why cells are empty, below a table."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def cell(self, record: Fields | None, column: Column) -> str:
+        if record is None:
+            return ""
+        if "error" not in record:
+            return column(record)
+        reason = record["error"].partition("\n")[0].split(". ")[0][:120]
+        text = html.escape(f"{record['impl']}: {reason}", quote=False)
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"{DASH}<sup>{self.texts.index(text) + 1}</sup>"
+
+    def below(self, table: str) -> str:
+        return "\n\n".join([table, *(f"<sup>{index}</sup> {text}" for index, text in enumerate(self.texts, start=1))])
+
+
+GPU_COLUMNS: dict[str, Column] = {
+    "of a copy": lambda record: number(record["roofline"]),
+    "launches": lambda record: number(record["launches"]),
+    "peak extra, MiB": lambda record: number(record["peak_extra_bytes"], 2**-20),
+    "max error (eager)": lambda record: _error(record["max_error"], record["eager_error"]),
+}
+SMALL_COLUMNS: dict[str, Column] = {
+    "launches": lambda record: number(record["launches"]),
+    "time, µs": lambda record: number(record["seconds"], 1e6),
+    "graph replay, µs": lambda record: number(record["replay_seconds"], 1e6),
+    "host, µs": lambda record: number(record["host_us"]),
+}
+
+
+def number(value: float | None, unit: float = 1) -> str:
+    """Three digits, and nothing for what was not measured."""
+    if value is None:
+        return ""
+    value *= unit
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _error(found: float, eager: float | None) -> str:
+    return f"{found:.1e}" if eager is None else f"{found:.1e} ({eager:.1e})"
+
+
+def markdown(titles: list[str], rows: Iterable[list[str]], words: int) -> str:
+    """A table whose first columns are words, the others numbers."""
+    lines = [titles, ["---"] * words + ["---:"] * (len(titles) - words), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def compared(
+    run: Run, keys: list[Comparison], ours: str, unit: tuple[str, float], columns: dict[str, Column], *words: str
+) -> str:
+    """Times of `ours`, and how many times as long its rivals took."""
+    notes = Notes()
+    against = {key: rivals(run, key, ours) for key in keys}
+    names = list(dict.fromkeys(name for found in against.values() for name in found))
+    title, scale = unit
+
+    def row(key: Comparison) -> list[str]:
+        mine = run.records[key][ours]
+        cells = [getattr(key, word) for word in words]
+        cells.append(notes.cell(mine, lambda record: number(record["seconds"], scale)))
+        if "error" in mine:
+            return cells + [""] * (len(columns) + len(names))
+        cells += [column(mine) for column in columns.values()]
+        return cells + [
+            notes.cell(against[key].get(name), lambda record: number(record["seconds"] / mine["seconds"]) + TIMES)
+            for name in names
+        ]
+
+    titles = ["pass" if word == "direction" else word for word in words]
+    titles += [title, *columns, *(f"over {name}" for name in names)]
+    return notes.below(markdown(titles, [row(key) for key in keys], len(words)))
+
+
+def timed(run: Run, keys: list[Comparison]) -> str:
+    """Times of all implementations where none has a kernel as its rival."""
+    notes = Notes()
+    names = list(dict.fromkeys(name for key in keys for name in run.records[key]))
+    rows = [
+        [
+            *(key.case, key.dtype, key.layout),
+            *(notes.cell(run.records[key].get(name), lambda record: number(record["seconds"], 1e6)) for name in names),
+        ]
+        for key in keys
+    ]
+    return notes.below(markdown(["case", "dtype", "layout", *(f"{name}, µs" for name in names)], rows, 3))
+
+
+def small_maps(run: Run) -> str:
+    """Every implementation where a CUDA graph of ours was replayed, which the benchmarks do for small maps."""
+    keys = [
+        key
+        for key in run.select("triton")
+        for mine in (run.records[key]["triton"],)
+        if "error" not in mine and mine["replay_seconds"] is not None
+    ]
+    notes = Notes()
+    rows = [
+        [key.op, key.direction, key.case, key.dtype, key.layout, impl]
+        + [notes.cell(record, column) for column in SMALL_COLUMNS.values()]
+        for key in keys
+        for impl, record in run.records[key].items()
+    ]
+    titles = ["op", "pass", "case", "dtype", "layout", "implementation", *SMALL_COLUMNS]
+    return notes.below(markdown(titles, rows, 6)) if rows else ""
+
+
+def scaling_table(run: Run) -> str:
+    rows = []
+    for name, points in scaling(run).items():
+        cells = [name, str(len(points))]
+        for size, record in (points[0], points[-1]):
+            cells += [f"{size:,}", number(record["seconds"] / size, 1e12), number(record["roofline"])]
+        rows.append(cells)
+    ends = [f"{end}: {what}" for end in ("smallest", "largest") for what in ("elements", "ps each", "of a copy")]
+    return markdown(["series", "cases", *ends], rows, 1)
+
+
+def overview(run: Run, tables: Iterable[tuple[str, str]]) -> str:
+    """By operator and pass, each figure over all cases."""
+    found = {}
+    for op, direction in tables:
+        keys = run.select("triton", op, direction)
+        mine = [run.records[key]["triton"] for key in keys]
+        shares = [record["roofline"] for record in mine if "error" not in record and record["roofline"] is not None]
+        found[op, direction] = {
+            "of a copy": shares,
+            **{f"over {k}": v for k, v in speedups(run, keys, "triton").items()},
+        }
+    titles = dict.fromkeys(title for figures in found.values() for title in figures)
+    rows = [[*names, *(_range(figures.get(title, [])) for title in titles)] for names, figures in found.items()]
+    return markdown(["op", "pass", *titles], rows, 2)
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return ""
+    least, middle, most = (number(value) for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({least} to {most}, {len(values)})"
+
+
+def _rank(op: str) -> tuple[bool, str]:
+    """The order of operators: what the library is named after, then the others."""
+    return op != "dlu_upsample", op
+
+
+def _folded(title: str, contents: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{contents}\n\n</details>"
+
+
+def _machine(run: Run, hardware: str) -> str:
+    machine = run.machine
+    state = " with uncommitted changes" if machine["dirty"] else ""
+    commit = "no commit" if machine["commit"] is None else f"commit {machine['commit'][:12]}{state}"
+    return (
+        f"{hardware}, torch {machine['torch']}, Triton {machine['triton']}, Python {machine['python_version']}, "
+        f"{commit}, `{run.path}`."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of README
+# ---------------------------------------------------------------------------------------------------------------
+
+OVER = (
+    f"“Over” a rival is its time over ours, in the same run: below 1{TIMES} the rival is faster. Interpolation and "
+    "DySample compute something else and are there for context. s is the scale factor, k the kernel size; an empty "
+    "cell was not measured."
+)
+
+
+def gpu(run: Run | None) -> str:
+    if run is None:
+        command = MAKE.format("--full ", RESULTS / "gpu.json")
+        return f"Not measured yet. On a machine with a GPU and a clean tree:\n\n    {command}"
+    machine = run.machine
+    tables = {(key.op, key.direction) for key in run.records if key.op not in (*CONTEXT, "copy")}
+    ordered = sorted(tables, key=lambda table: (_rank(table[0]), PASSES.index(table[1])))
+    with_kernels = [table for table in ordered if run.select("triton", *table)]
+    parts = [
+        _machine(
+            run,
+            f"{machine['gpu']}, driver {machine['gpu_driver']}, runtime {machine['gpu_runtime']}, "
+            f"host {Fields('cpu of machine_info', machine['cpu'])['brand_raw']}",
+        ),
+        "Median times of the device, inputs in memory rather than in cache. “Of a copy” is the rate of the bytes that "
+        "have to be moved over that of a plain copy. Errors are the largest against float64, in units of the largest "
+        f"true value, with those of eager PyTorch in the same type. {OVER}",
+        "Over all cases, the median, the least, the most, and how many cases were compared:",
+        overview(run, with_kernels),
+        *(_picture(name, text) for name, text in PLOT_TEXTS.items()),
+    ]
+    for op, direction in ordered:
+        if (op, direction) in with_kernels:
+            keys = run.select("triton", op, direction)
+            table = compared(run, keys, "triton", ("time, µs", 1e6), GPU_COLUMNS, "case", "dtype", "layout")
+        else:
+            table = timed(run, [key for key in run.records if (key.op, key.direction) == (op, direction)])
+        parts.append(_folded(f"<code>{op}</code>, {direction}: every case", table))
+    small = small_maps(run)
+    if small:
+        parts.append(_folded("Small maps: launched, replayed as a CUDA graph, and the host's part", small))
+    parts.append(_folded("Scaling of <code>dlu_upsample</code>, forward", scaling_table(run)))
+    return "\n\n".join(parts)
+
+
+def cpu(run: Run | None) -> str:
+    """On a CPU the eager twins are what the operators run."""
+    if run is None:
+        return f"Not measured yet. On a machine without a GPU:\n\n    {MAKE.format('', RESULTS / 'cpu.json')}"
+    brand = Fields("cpu of machine_info", run.machine["cpu"])["brand_raw"]
+    threads = run.machine["torch_threads"]
+    parts = [f"{_machine(run, f'{brand}, threads: {threads}')} Median times. {OVER}"]
+    for op in sorted({key.op for key in run.select("eager")}, key=_rank):
+        keys = run.select("eager", op)
+        table = compared(run, keys, "eager", ("time, ms", 1e3), {}, "direction", "case", "dtype", "layout")
+        parts += [f"`{op}`:", table]
+    return "\n\n".join(parts)
+
+
+def explanations(root: Path) -> str:
+    """The demo of the explanations: what it measured of each method, and where they tie."""
+    figures = json.loads(root.joinpath(RESULTS, "explain.json").read_text())
+    columns = {
+        "hit": "pointing hit",
+        "energy": "energy in box",
+        "sensitivity": "sensitivity error",
+        "conservation": "conservation error",
+    }
+    rows = []
+    for name, values in figures["methods"].items():
+        cells = [f"{values[key]:.3f}" if key in values else "" for key in columns]
+        milliseconds = values["milliseconds_per_image"]
+        rows.append([name, *cells, "" if milliseconds is None else f"{milliseconds:.3g}"])
+    (reference,) = (key.removeprefix("against ") for key in figures if key.startswith("against "))
+    verdicts = []
+    words = {"tie": ("ties", "tie"), "better": ("is better", "are better"), "worse": ("is worse", "are worse")}
+    for title, found in zip(columns.values(), figures[f"against {reference}"].values(), strict=True):
+        parts = []
+        for verdict, (one, several) in words.items():
+            names = [name for name, each in found.items() if each == verdict]
+            if names:
+                parts.append(f"{', '.join(names)} {one if len(names) == 1 else several}")
+        verdicts.append(f"- {title}: {'; '.join(parts)}.")
+    versions = figures["versions"]
+    lines = [
+        markdown(["method", *columns.values(), "ms per image, both digits"], rows, 1),
+        "",
+        f"{figures['images']} test images, two digits each; {figures['device']}, torch {versions['torch']}, Triton "
+        f"{versions['triton']}, Python {versions['python']}, commit {figures['commit'][:12]}, "
+        "`bench/results/explain.json`.",
+        "",
+        f"Against {reference}, by a paired bootstrap over the images (95%, each comparison by itself):",
+        "",
+        *verdicts,
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------------------------
+
+PLOT_TEXTS = {
+    "speedup": "Time of each rival over that of dlu_triton's kernels, a dot for each case, on a logarithmic scale",
+    "scaling": "Time of dlu_upsample's forward pass per output element, against the number of output elements",
+    "roofline": "Share of a copy's bytes per second that dlu_upsample reaches, by case",
+}
+INK = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#e6edf3", "#3d444d")}  # text and grid
+# Okabe and Ito's colours, which the colour-blind tell apart; those that contrast with the background by 3 to 1.
+COLOURS = {
+    "light": ("#0072b2", "#d55e00", "#009e73", "#cc5b9e", "#1f2328"),
+    "dark": ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#e6edf3"),
+}
+MARKERS = "osD^v"
+
+
+def plots(run: Run) -> dict[Path, str]:
+    """SVG files, the same bytes for the same results."""
+    if not scaling(run):
+        raise ValueError(f"{run.path} must have dlu_upsample's forward pass at three sizes, got a selection without")
+    drawings = {"roofline": roofline, "speedup": speedup, "scaling": scaling_plot}
+    found = {}
+    for mode, (ink, grid) in INK.items():
+        style = {
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+            **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+            **{"grid.color": grid, "font.size": 9, "axes.axisbelow": True, "figure.constrained_layout.use": True},
+            **{"svg.hashsalt": "dlu_triton", "svg.fonttype": "none"},  # text of the viewer's: a fifth of the bytes
+        }
+        for name, draw in drawings.items():
+            file = io.StringIO()
+            with matplotlib.style.context(("default", style)):
+                draw(run, COLOURS[mode]).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            lines = (line.rstrip() for line in file.getvalue().splitlines())
+            found[PLOTS / f"{name}-{mode}.svg"] = "\n".join(lines) + "\n"
+    return found
+
+
+def roofline(run: Run, colours: tuple[str, ...]) -> Figure:
+    shares = defaultdict(dict)  # by pass, then by case
+    sizes = {}
+    for key in run.select("triton", "dlu_upsample"):
+        record = run.records[key]["triton"]
+        if "error" not in record and record["roofline"] is not None:
+            case = f"{key.case} {key.dtype} {key.layout}"
+            shares[key.direction][case] = record["roofline"]
+            sizes[case] = elements(record)
+    cases = sorted(sizes, key=sizes.__getitem__)
+    figure = Figure(figsize=(10, 1 + 0.18 * len(cases)))
+    most = max(1, *(share for found in shares.values() for share in found.values()))
+    panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
+    for axes, direction in zip(panels, sorted(shares, key=PASSES.index), strict=True):
+        found = shares[direction]
+        places = [cases.index(case) for case in found]
+        axes.barh(places, found.values(), height=0.7, color=colours[0])
+        for place, share in zip(places, found.values(), strict=True):
+            axes.text(1.04 * most, place, f"{share:.2f}", fontsize=7, verticalalignment="center")
+        axes.axvline(1, color=colours[1], linewidth=1)
+        axes.set(title=direction, xlabel="share of a copy", xlim=(0, 1.2 * most), ylim=(-0.6, len(cases) - 0.4))
+        axes.set_xticks((0, 0.5, 1))
+        axes.set_yticks(range(len(cases)), cases, fontsize=7)
+    return figure
+
+
+def speedup(run: Run, colours: tuple[str, ...]) -> Figure:
+    ratios = defaultdict(dict)  # by operator and rival, then by pass
+    for key in run.select("triton"):
+        for name, values in speedups(run, [key], "triton").items():
+            ratios[f"{key.op} over {name}"].setdefault(key.direction, []).extend(values)
+    rows = sorted(ratios, reverse=True)
+    directions = sorted({direction for found in ratios.values() for direction in found}, key=PASSES.index)
+    figure = Figure(figsize=(10, 1.2 + 0.42 * len(rows)))
+    axes = figure.subplots()
+    for index, direction in enumerate(directions):
+        shift = 0.22 * ((len(directions) - 1) / 2 - index)
+        points = [(value, y + shift) for y, row in enumerate(rows) for value in ratios[row].get(direction, ())]
+        look = {"color": colours[index], "marker": MARKERS[index], "linestyle": "none", "markersize": 4, "alpha": 0.8}
+        axes.plot(*zip(*points, strict=True), label=direction, markeredgewidth=0, **look)
+    axes.axvline(1, color=axes.xaxis.label.get_color(), linewidth=1)
+    axes.set(xscale="log", xlabel="time of the rival over ours: right of 1, dlu_triton is faster")
+    _plain_ticks(axes.xaxis, "{x:g}" + TIMES)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="both", linewidth=0.6)
+    if directions:
+        figure.legend(loc="outside upper center", ncols=len(directions))
+    return figure
+
+
+def scaling_plot(run: Run, colours: tuple[str, ...]) -> Figure:
+    figure = Figure(figsize=(10, 4.5))
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(scaling(run).items()):
+        sizes, times = zip(*((size, record["seconds"] / size * 1e12) for size, record in points), strict=True)
+        look = {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+        dashes = ("-", "--", ":")[index // len(colours) % 3]
+        axes.plot(sizes, times, linewidth=1, markersize=4, linestyle=dashes, label=name, **look)
+    axes.set(xscale="log", yscale="log", xlabel="output elements", ylabel="picoseconds per output element")
+    _plain_ticks(axes.yaxis, "{x:g}")
+    axes.grid(linewidth=0.6)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _plain_ticks(axis: Any, text: str) -> None:
+    """1, 2, 5, 10, ... instead of powers of ten."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(matplotlib.ticker.StrMethodFormatter(text))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def _picture(name: str, text: str) -> str:
+    dark, light = (PLOTS / f"{name}-{mode}.svg" for mode in ("dark", "light"))
+    return (
+        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
+        f'  <img alt="{text}" src="{light}">\n</picture>'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
+    """What the files that are made of the results should hold."""
+    on_gpu = read(root, "gpu.json", "cuda", allow_dirty=allow_dirty)
+    on_cpu = read(root, "cpu.json", "cpu", allow_dirty=allow_dirty)
+    readme = root.joinpath("README.md").read_text()
+    for name, text in {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu)}.items():
+        block = f"<!-- {name}: bench/report.py -->\n\n{text}\n\n<!-- end -->"
+        readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"README must have one block {name!r}, got {count}")
+    return {Path("README.md"): readme, **({} if on_gpu is None else plots(on_gpu))}
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
+    parser.add_argument("--allow-dirty", action="store_true", help="take results of a tree that was not committed")
+    options = parser.parse_args(arguments)
+    stale = False
+    for name, text in outputs(root, allow_dirty=options.allow_dirty).items():
+        path = root / name
+        if path.exists() and path.read_text() == text:
+            continue
+        stale = True
+        if options.check:
+            print(f"{name} is out of date: run python bench/report.py", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return int(options.check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

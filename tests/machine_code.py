@@ -1,0 +1,142 @@
+"""Reads the machine code of compiled NVIDIA kernels: what it uses, and what a warp executes."""
+
+import heapq
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton.backends.nvidia
+
+TENSOR_CORE = re.compile(r"(?:H|D|Q|UTCH|UTCQ)G?MMA")
+
+
+def dump(kernel, option: str) -> str:
+    """What cuobjdump prints of a compiled kernel."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+class Instruction(NamedTuple):
+    address: int
+    guarded: bool  # by a predicate
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where it jumps to."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return int(found[1], 16) if found else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        ends = self.opcode.startswith(("BRA", "EXIT")) and not self.guarded
+        return not ends or re.match(r"\s*!?U?P\d", self.operands) is not None
+
+
+def instructions(sass: str) -> list[Instruction]:
+    pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
+    return [
+        Instruction(int(address, 16), guard != "", opcode, operands)
+        for address, guard, opcode, operands in re.findall(pattern, sass, re.MULTILINE)
+    ]
+
+
+class Program:
+    """A kernel as basic blocks, by the address of their first instruction."""
+
+    def __init__(self, code: list[Instruction]) -> None:
+        known = {each.address for each in code}
+        starts = {code[0].address}
+        for each, following in zip(code, [*code[1:], None], strict=True):
+            if each.target in known:
+                starts.add(each.target)
+            if following is not None and each.opcode.startswith(("BRA", "EXIT")):
+                starts.add(following.address)
+        self.entry = code[0].address
+        self.blocks: dict[int, list[Instruction]] = {}
+        for each in code:
+            if each.address in starts:
+                block = self.blocks[each.address] = []
+            block.append(each)
+        addresses = list(self.blocks)
+        self.successors = {}
+        for address, following in zip(addresses, [*addresses[1:], None], strict=True):
+            last = self.blocks[address][-1]
+            after = [last.target] if last.target in self.blocks else []
+            if last.falls_through and following is not None:
+                after.append(following)
+            self.successors[address] = after
+        self.loops = self._back_edges()
+
+    def _back_edges(self) -> set[tuple[int, int]]:
+        """(last block, first block) of every loop."""
+        found, open_, done = set(), [], set()
+
+        def leave_or_enter(start: int) -> None:
+            stack = [(start, iter(self.successors[start]))]
+            open_.append(start)
+            while stack:
+                address, rest = stack[-1]
+                for after in rest:
+                    if after in open_:
+                        found.add((address, after))
+                    elif after not in done:
+                        open_.append(after)
+                        stack.append((after, iter(self.successors[after])))
+                        break
+                else:
+                    stack.pop()
+                    done.add(open_.pop())
+
+        leave_or_enter(self.entry)
+        return found
+
+    def shortest(self, start: int, end: int | None) -> Counter[str] | None:
+        """Opcodes on the shortest way from one block to another, or to the end; loops are not taken again."""
+        ways: dict[int, tuple[int, tuple[int, ...]]] = {start: (len(self.blocks[start]), (start,))}
+        queue = [(ways[start][0], start)]
+        while queue:
+            length, address = heapq.heappop(queue)
+            if length > ways[address][0]:
+                continue
+            ends = any(each.opcode.startswith("EXIT") for each in self.blocks[address])
+            if address == end or (end is None and ends):
+                return Counter(each.opcode for step in ways[address][1] for each in self.blocks[step])
+            for after in self.successors[address]:
+                longer = length + len(self.blocks[after])
+                if (address, after) not in self.loops and (after not in ways or longer < ways[after][0]):
+                    ways[after] = (longer, (*ways[address][1], after))
+                    heapq.heappush(queue, (longer, after))
+        return None
+
+    def executed(self, turns: int) -> Counter[str]:
+        """Opcodes that a warp executes which takes the shortest loop that multiplies matrices for so many turns."""
+        bodies = {}
+        for last, first in self.loops:
+            body = self.shortest(first, last)
+            if body is not None and any(TENSOR_CORE.match(opcode) for opcode in body):
+                bodies[last, first] = body
+        if not bodies:  # unrolled
+            return self.shortest(self.entry, None)
+        (last, first), body = min(bodies.items(), key=lambda item: item[1].total())
+        before, after = self.shortest(self.entry, first), self.shortest(last, None)
+        before.subtract(each.opcode for each in self.blocks[first])
+        after.subtract(each.opcode for each in self.blocks[last])
+        total = before + after
+        for opcode, count in body.items():
+            total[opcode] += turns * count
+        return total
+
+
+def longest_loop(code: list[Instruction]) -> int:
+    """Instructions between a jump back and where it goes."""
+    jumps = [(each.target, each.address) for each in code if each.target is not None and each.target < each.address]
+    return max((sum(start <= each.address <= end for each in code) for start, end in jumps), default=0)
