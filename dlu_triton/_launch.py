@@ -197,14 +197,14 @@ def most_registers() -> dict[str, int]:
 # pass"; not measured on a GPU yet. NCHW takes wide tiles for the sake of whole sectors.
 FORWARD_TILES = {
     (2, True, 2): (8, 8, 64),
-    (2, False, 2): (4, 32, 128),
+    (2, False, 2): (4, 32, 64),
     (2, True, 4): (8, 16, 64),
     (2, False, 4): (4, 32, 64),
     (2, True, 8): (8, 16, 32),
     (2, False, 8): (4, 32, 64),
     (2, True, 16): (8, 16, 32),
     (2, False, 16): (4, 32, 32),
-    **{(4, channels_last, 2): (8, 8, 64) for channels_last in (True, False)},
+    **{(4, channels_last, 2): (8, 8, 32) for channels_last in (True, False)},
     **{(4, channels_last, 4): (4, 16, 16) for channels_last in (True, False)},
     **{(4, channels_last, scale): (4, 16, 32) for channels_last in (True, False) for scale in (8, 16)},
 }
