@@ -197,7 +197,7 @@ def most_registers() -> dict[str, int]:
 # pass"; not measured on a GPU yet. NCHW takes wide tiles for the sake of whole sectors.
 FORWARD_TILES = {
     (2, True, 2): (8, 8, 64),
-    (2, False, 2): (4, 32, 64),
+    (2, False, 2): (4, 32, 128),
     (2, True, 4): (8, 16, 64),
     (2, False, 4): (4, 32, 64),
     (2, True, 8): (8, 16, 32),
