@@ -381,7 +381,7 @@ def cpu(run: Run | None) -> str:
     for op in sorted({key.op for key in run.select("eager")}, key=_rank):
         keys = run.select("eager", op)
         table = compared(run, keys, "eager", ("time, ms", 1e3), {}, "direction", "case", "dtype", "layout")
-        parts += [f"`{op}`:", table]
+        parts.append(_folded(f"<code>{op}</code>", table))
     return "\n\n".join(parts)
 
 
