@@ -5,12 +5,14 @@ from itertools import product
 import pytest
 import torch
 import triton
+import triton.language as tl
 from layouts import channels_last, expanded, scalar, sliced, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlu_triton
 from dlu_triton import _launch, _verify, reference
 from dlu_triton._verify import Case
+from dlu_triton.ops import _kernels
 from dlu_triton.ops import carafe as carafe_ops
 from dlu_triton.ops import dlu as dlu_ops
 
@@ -120,7 +122,7 @@ def test_which_images_take_64_bits():
         (whole[:1, :1], False),
         (torch.empty(2**12, 2**10, 2**10, 1, dtype=torch.bool, device="meta"), False),
     ):
-        assert (_launch.index_dtype(None, tensor) == triton.language.int64) == wide, tensor.shape
+        assert (_launch.index_dtype(None, tensor) == tl.int64) == wide, tensor.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,3 +372,44 @@ def test_meta_tensors_give_the_shape():
     output = dlu_triton.dlu_upsample(features, space, offsets, 3)
     assert output.shape == (2, 6, 12, 15)
     assert output.is_meta
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_only_where_the_user_allows_it(monkeypatch):
+    """Float32 is three TF32 products, or one where torch's own products may be; the setting is read at each call."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        found = []
+        for setting in ("ieee", "tf32", "ieee"):
+            matmul.fp32_precision = setting
+            found.append([_launch.precision(dtype) for dtype in DTYPES])
+    finally:
+        matmul.fp32_precision = before
+    others = dict.fromkeys(DTYPES, "ieee")
+    for precisions, expected in zip(found, ("tf32x3", "tf32", "tf32x3"), strict=True):
+        assert dict(zip(DTYPES, precisions, strict=True)) == {**others, torch.float32: expected}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _launch.precision(torch.float32) == "ieee"
+
+
+@triton.jit
+def split(x_ptr, parts_ptr, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    high, low = _kernels._tf32_parts(tl.load(x_ptr + index))
+    tl.store(parts_ptr + index, high)
+    tl.store(parts_ptr + BLOCK + index, low)
+
+
+def test_tf32_parts(device):
+    """Nothing is lost, and rounding is to the nearest, so that what the product of two small parts drops is small."""
+    x, parts = torch.randn(2**14, device=device), torch.empty(2, 2**14, device=device)
+    split[(1,)](x, parts, BLOCK=2**14)
+    high, low = parts
+    assert not (high.view(torch.int32) & 0x1FFF).any()  # ten bits of mantissa
+    assert torch.equal(high + low, x)
+    assert (low.abs() <= 2**-11 * x.abs().log2().floor().exp2()).all()
