@@ -13,7 +13,8 @@ from torch import Tensor
 # Fixed when Triton is first imported, as it decides what `triton.jit` returns.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Programs below which the channels of a tile are shared out between several: a few waves of the largest GPUs.
+# Programs up to which the channels of a tile are shared out between several: about a wave of the largest GPUs, no more,
+# since each makes the kernels of the tile again. Not measured.
 ENOUGH_PROGRAMS = 1024
 
 # Beyond, kernels compute with 64 bits; a tile may reach a little past an image, in offsets that are masked.
@@ -288,7 +289,7 @@ def channel_block(dtype: torch.dtype, channels_per_group: int, widest: int | Non
 def shares(programs: int, items: int, block: int, most: int | None = None) -> tuple[int, int]:
     """How many programs, at most `most`, share the work of each of `programs`, and how many `items` each takes."""
     blocks = cdiv(items, block)
-    wanted = min(blocks, cdiv(ENOUGH_PROGRAMS, max(programs, 1)), most or blocks)
+    wanted = min(blocks, max(ENOUGH_PROGRAMS // max(programs, 1), 1), most or blocks)
     per_program = cdiv(blocks, wanted) * block
     return cdiv(items, per_program), per_program
 
