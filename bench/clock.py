@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 CALIBRATION_CALLS = 5
+HOST_CALLS = 50
 
 
 class Instant:
@@ -89,7 +90,7 @@ class Spin(HeadStart):
 def host_seconds(call: Callable[[], object]) -> float:
     """Median time until a call gives control back to the host, while the device has nothing else to do."""
     seconds = []
-    for _ in range(CALIBRATION_CALLS):
+    for _ in range(HOST_CALLS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()

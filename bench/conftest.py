@@ -4,15 +4,46 @@ from collections import defaultdict
 from typing import Any
 
 import machine
+import measure
 import pytest
 import triton
 from records import Records
 
 RECORDS = pytest.StashKey[Records]()
+SESSION = pytest.StashKey[pytest.Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="on a GPU, benchmark every shape, not the quick selection")
+    parser.addoption(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="of N parts of the cases only the I-th, from 1 to N"
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, parts = (int(number) for number in text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part, parts
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SESSION] = session
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Share cases out with all that is run of each, the longest list first, always to the shard with the least."""
+    part, parts = config.getoption("shard", (1, 1))
+    by_case = defaultdict(list)
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        by_case[str(parameters.get("case", item.nodeid))].append(item)
+    shards: list[list[pytest.Item]] = [[] for _ in range(parts)]
+    for found in sorted(by_case.values(), key=len, reverse=True):
+        min(shards, key=len).extend(found)
+    chosen = set(shards[part - 1])
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +68,12 @@ def records(pytestconfig: pytest.Config) -> Records:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     output_json["unsupported"] = config.stash[RECORDS].unsupported
+    output_json["selection"] = {  # by which the report tells whether results are complete
+        "name": measure.selection(full=config.getoption("full", False)),
+        "shard": config.getoption("shard", (1, 1)),
+        "failed": config.stash[SESSION].testsfailed,
+        "keyword": " ".join(filter(None, (config.option.keyword, config.option.markexpr))),
+    }
     for record in output_json["benchmarks"]:
         record["stats"].pop("data", None)  # every round: most of the file
 

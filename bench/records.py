@@ -31,7 +31,7 @@ class Records:
     def add(self, benchmark: Any, case: object) -> None:
         """Finish the record of a benchmark that was timed."""
         record, seconds = benchmark.extra_info, benchmark.stats["median"]
-        record |= {**dict.fromkeys(FIELDS), **record}
+        record |= {"series": False, **dict.fromkeys(FIELDS), **record}
         if record["ideal_bytes"] is not None:
             record["gbps"] = record["ideal_bytes"] / seconds / 1e9
             if record["op"] == "copy":

@@ -5,6 +5,10 @@ python -m pytest bench --full --benchmark-only --benchmark-json bench/results/gp
 python -m pytest bench --benchmark-only --benchmark-json bench/results/cpu.json  # where there is none
 python bench/report.py
 
+README gets a summary; the tables of every case are bench/results/gpu.md and cpu.md. The GPU's results may be shards of
+one selection, `--shard 1/4` in bench/results/gpu-1.json and so on: all of them, of one commit on one kind of machine. A
+run that failed in part, or that -k or -m cut short, is refused.
+
 Draws with the matplotlib of constraints.txt: another one may draw other bytes, and then the plots count as out of date.
 """
 
@@ -60,6 +64,7 @@ class Comparison(NamedTuple):
 
 class Run(NamedTuple):
     path: str
+    selection: str
     machine: Fields
     records: dict[Comparison, dict[str, Fields]]  # by implementation; those of rivals that cannot run have an `error`
 
@@ -72,34 +77,82 @@ class Run(NamedTuple):
         ]
 
 
+FULL_ELEMENTS = 10**7  # of the output, beyond which the GPU counts as full
 PASSES = ("forward", "backward", "forward+backward", "explanation")
 # Other mathematics at the same shapes, shown beside the upsamplers for context.
 CONTEXT, UPSAMPLERS = ("interpolate", "dysample"), ("dlu_upsample", "carafe_upsample", "carafe")
 
 
-def read(root: Path, name: str, device: str, *, allow_dirty: bool) -> Run | None:
-    """The run of a results file, if there is one; ValueError if it does not tell what was measured, or where."""
-    path = RESULTS / name
-    if not root.joinpath(path).exists():
+# What shards of one run have in common, of `machine_info`.
+COMMON = ("gpu", "gpu_driver", "torch", "triton", "commit", "dirty")
+
+
+class Part(NamedTuple):
+    """A results file: a whole run, or a shard of one."""
+
+    path: Path
+    selection: Fields
+    machine: Fields
+    records: list[Fields]
+
+
+def read(root: Path, pattern: str, device: str, *, allow_dirty: bool) -> Run | None:
+    """The run of the results files of that name, if there are any; ValueError unless it is whole and says of what."""
+    paths = sorted(path.relative_to(root) for path in root.joinpath(RESULTS).glob(pattern))
+    if not paths:
         return None
+    parts = [_part(root, path, device, allow_dirty=allow_dirty) for path in paths]
+    _check_shards(parts, RESULTS / pattern)
+    records = defaultdict(dict)
+    for part in parts:
+        for record in part.records:
+            key = Comparison(record["op"], _label(record["shape"]), record["dtype"], record["layout"], record["pass"])
+            if record["impl"] in records[key]:
+                raise ValueError(f"{part.path} must hold one run, got {record['impl']} twice for {' '.join(key)}")
+            records[key][record["impl"]] = record
+    path = paths[0] if len(paths) == 1 else RESULTS / pattern
+    return Run(str(path), parts[0].selection["name"], parts[0].machine, dict(records))
+
+
+def _part(root: Path, path: Path, device: str, *, allow_dirty: bool) -> Part:
     contents = Fields(str(path), json.loads(root.joinpath(path).read_text()))
     machine = Fields(f"machine_info of {path}", contents["machine_info"])
     if machine["device"] != device:
         raise ValueError(f"{path} must be of device {device!r}, got {machine['device']!r}")
     if not allow_dirty and (machine["dirty"] or machine["commit"] is None):
         raise ValueError(f"{path} must be measured at a commit, got a dirty tree or none: commit, then measure again")
+    selection = Fields(f"selection of {path}", contents["selection"])
+    if selection["failed"]:
+        raise ValueError(f"{path} must be of a run without failures, got {selection['failed']}")
+    if selection["keyword"]:
+        raise ValueError(f"{path} must hold a whole selection, got {selection['keyword']!r} of it")
     measured = [
         Fields(f"{each['name']} of {path}", {**each["extra_info"], "seconds": each["stats"]["median"]})
         for each in contents["benchmarks"]
     ]
     unsupported = [Fields(f"a record of `unsupported` of {path}", each) for each in contents["unsupported"]]
-    records = defaultdict(dict)
-    for record in (*measured, *unsupported):
-        key = Comparison(record["op"], _label(record["shape"]), record["dtype"], record["layout"], record["pass"])
-        if record["impl"] in records[key]:
-            raise ValueError(f"{path} must hold one run, got {record['impl']} twice for {' '.join(key)}")
-        records[key][record["impl"]] = record
-    return Run(str(path), machine, dict(records))
+    return Part(path, selection, machine, [*measured, *unsupported])
+
+
+def _check_shards(parts: list[Part], pattern: Path) -> None:
+    """ValueError unless these are all shards of one run."""
+
+    def common(part: Part) -> dict[str, Any]:
+        names = {"selection": part.selection["name"], "number of shards": part.selection["shard"][1]}
+        return {field: part.machine[field] for field in COMMON} | names
+
+    expected = common(parts[0])
+    for part in parts[1:]:
+        for field, value in common(part).items():
+            if value != expected[field]:
+                raise ValueError(
+                    f"{parts[0].path} and {part.path} must have the same {field}, got {expected[field]!r} and {value!r}"
+                )
+    numbers = sorted(part.selection["shard"][0] for part in parts)
+    every = list(range(1, expected["number of shards"] + 1))
+    if numbers != every:
+        missing = [number for number in every if number not in numbers]
+        raise ValueError(f"{pattern} must be shards {every}, each once, got {numbers}: missing {missing}")
 
 
 def rivals(run: Run, key: Comparison, ours: str) -> dict[str, Fields]:
@@ -128,11 +181,11 @@ def elements(record: Fields) -> int:
 
 
 def scaling(run: Run) -> dict[str, list[tuple[int, Fields]]]:
-    """Sizes of the output and records of DLU's forward pass by what else they have in common; three sizes at least."""
+    """Sizes of the output and records of DLU's forward pass, of cases in a series, by series; three sizes at least."""
     series = defaultdict(list)
     for key in run.select("triton", "dlu_upsample", "forward"):
         record = run.records[key]["triton"]
-        if "error" not in record:
+        if "error" not in record and record["series"]:
             shape = {**record["shape"], "features": record["shape"]["features"][1:2]}
             name = f"C {_label(shape)} {key.dtype} {key.layout}"
             series[name].append((elements(record), record))
@@ -141,6 +194,12 @@ def scaling(run: Run) -> dict[str, list[tuple[int, Fields]]]:
         for name, points in series.items()
         if len({size for size, _ in points}) >= 3
     }
+
+
+def spread(points: list[tuple[int, Fields]]) -> float | None:
+    """The largest time per element over the smallest, of a series where the GPU is full; two sizes at least."""
+    times = [record["seconds"] / size for size, record in points if size > FULL_ELEMENTS]
+    return max(times) / min(times) if len(times) > 1 else None
 
 
 def _label(shape: dict[str, Any]) -> str:
@@ -208,8 +267,15 @@ def _error(found: float, eager: float | None) -> str:
 
 
 def markdown(titles: list[str], rows: Iterable[list[str]], words: int) -> str:
-    """A table whose first columns are words, the others numbers."""
+    """A table whose first columns are words, the others numbers; without columns of numbers that hold none."""
+    rows = list(rows)
+    kept = [
+        index
+        for index in range(len(titles))
+        if index < words or any(row[index] and not row[index].startswith(DASH) for row in rows)
+    ]
     lines = [titles, ["---"] * words + ["---:"] * (len(titles) - words), *rows]
+    lines = [[line[index] for index in kept] for line in lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -278,16 +344,18 @@ def scaling_table(run: Run) -> str:
         cells = [name, str(len(points))]
         for size, record in (points[0], points[-1]):
             cells += [f"{size:,}", number(record["seconds"] / size, 1e12), number(record["roofline"])]
-        rows.append(cells)
+        rows.append([*cells, number(spread(points))])
     ends = [f"{end}: {what}" for end in ("smallest", "largest") for what in ("elements", "ps each", "of a copy")]
-    return markdown(["series", "cases", *ends], rows, 1)
+    return markdown(["series", "cases", *ends, "spread above 10⁷ elements"], rows, 1)
 
 
-def overview(run: Run, tables: Iterable[tuple[str, str]]) -> str:
+def overview(run: Run) -> str:
     """By operator and pass, each figure over all cases."""
     found = {}
-    for op, direction in tables:
+    for op, direction in _tables(run):
         keys = run.select("triton", op, direction)
+        if not keys:
+            continue
         mine = [run.records[key]["triton"] for key in keys]
         shares = [record["roofline"] for record in mine if "error" not in record and record["roofline"] is not None]
         found[op, direction] = {
@@ -306,9 +374,25 @@ def _range(values: list[float]) -> str:
     return f"{middle} ({least} to {most}, {len(values)})"
 
 
-def _rank(op: str) -> tuple[bool, str]:
-    """The order of operators: what the library is named after, then the others."""
-    return op != "dlu_upsample", op
+def _tables(run: Run) -> list[tuple[str, str]]:
+    """Operators and passes that have a table: what the library is named after, then the others."""
+    tables = {(key.op, key.direction) for key in run.records if key.op not in (*CONTEXT, "copy")}
+    return sorted(tables, key=lambda table: (table[0] != "dlu_upsample", table[0], PASSES.index(table[1])))
+
+
+def every_case(
+    run: Run, tables: list[tuple[str, str]], ours: str, unit: tuple[str, float], columns: dict[str, Column]
+) -> list[str]:
+    """A folded table for each operator and pass."""
+    parts = []
+    for op, direction in tables:
+        keys = run.select(ours, op, direction)
+        if keys:
+            table = compared(run, keys, ours, unit, columns, "case", "dtype", "layout")
+        else:
+            table = timed(run, [key for key in run.records if (key.op, key.direction) == (op, direction)])
+        parts.append(_folded(f"<code>{op}</code>, {direction}", table))
+    return parts
 
 
 def _folded(title: str, contents: str) -> str:
@@ -321,68 +405,207 @@ def _machine(run: Run, hardware: str) -> str:
     commit = "no commit" if machine["commit"] is None else f"commit {machine['commit'][:12]}{state}"
     return (
         f"{hardware}, torch {machine['torch']}, Triton {machine['triton']}, Python {machine['python_version']}, "
-        f"{commit}, `{run.path}`."
+        f"{commit}, `{run.path}` (selection {run.selection})."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Blocks of README
+# Targets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    what: str
+    bound: str
+    limit: float
+    unit: str
+    values: Callable[[Run], list[float | None]]  # of each case that it covers, None where that was not measured
+
+    def met(self, values: list[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        if not all(value >= self.limit if self.bound == "≥" else value <= self.limit for value in known):
+            return "no"
+        return "yes" if known and len(known) == len(values) else "not measured"
+
+
+def forward(
+    covers: Callable[[Fields], bool], metric: Callable[..., float | None], rival: str = "", op: str = "dlu_upsample"
+) -> Callable[[Run], list[float | None]]:
+    """Figures of our forward pass in the cases that a target covers, those that have a record of the rival, if any."""
+
+    def values(run: Run) -> list[float | None]:
+        found = []
+        for key in run.select("triton", op, "forward"):
+            records = [run.records[key]["triton"]]
+            if rival:
+                records.append(rivals(run, key, "triton").get(rival))
+            if covers(records[0]) and None not in records:
+                found.append(None if any("error" in record for record in records) else metric(*records))
+        return found
+
+    return values
+
+
+def field(name: str, unit: float = 1) -> Callable[[Fields], float | None]:
+    return lambda mine: None if mine[name] is None else mine[name] * unit
+
+
+def half(record: Fields) -> bool:
+    return record["dtype"] in ("bfloat16", "float16")
+
+
+def headline(record: Fields) -> bool:
+    n, *rest = record["shape"]["features"]
+    sizes = (record["shape"]["scale_factor"], record["shape"]["kernel_size"])
+    return n >= 8 and rest == [256, 104, 168] and sizes == (2, 5)
+
+
+def small(record: Fields) -> bool:
+    n, _, *size = record["shape"]["features"]
+    return n <= 2 and size in ([13, 21], [26, 42]) and record["shape"]["scale_factor"] == 2
+
+
+def percent_extra(mine: Fields) -> float | None:
+    """Memory beyond the normalised kernel space, over that of inputs and output."""
+    if mine["peak_extra_bytes"] is None:
+        return None
+    n, _, h, w = mine["shape"]["features"]
+    stored = n * h * w * (64 if half(mine) else 128)  # 5 x 5 taps in 32 places
+    return 100 * max(0, mine["peak_extra_bytes"] - stored) / mine["ideal_bytes"]
+
+
+def slower(mine: Fields, other: Fields) -> float:
+    return mine["seconds"] / other["seconds"]
+
+
+def faster(mine: Fields, other: Fields) -> float:
+    return other["seconds"] / mine["seconds"]
+
+
+HEADLINE, SHARE = f"256{TIMES}104{TIMES}168, N ≥ 8, s 2 k 5", field("roofline")
+TARGETS = (
+    Target(f"share of a copy, {HEADLINE}, bfloat16 and float16", "≥", 0.85, "",
+           forward(lambda record: headline(record) and half(record), SHARE)),
+    Target(f"share of a copy, {HEADLINE}, float32", "≥", 0.80, "",
+           forward(lambda record: headline(record) and record["dtype"] == "float32", SHARE)),
+    Target("share of a copy, s 4, 8 and 16, bfloat16", "≥", 0.80, "",
+           forward(lambda record: record["shape"]["scale_factor"] in (4, 8, 16) and record["dtype"] == "bfloat16",
+                   SHARE)),
+    Target("share of a copy, 64 channels, bfloat16", "≥", 0.80, "",
+           forward(lambda record: record["shape"]["features"][1] == 64 and record["dtype"] == "bfloat16", SHARE)),
+    Target("time over that of bilinear interpolation", "≤", 1.15, TIMES,
+           forward(lambda record: True, slower, "interpolate")),
+    Target("time of compiled over ours, half precision", "≥", 5, TIMES, forward(half, faster, "compiled")),
+    Target("<code>carafe</code>, float16: time of mmcv over ours", "≥", 8, TIMES,
+           forward(lambda record: record["dtype"] == "float16", faster, "mmcv", "carafe")),
+    Target(f"launches, 13{TIMES}21 and 26{TIMES}42, N ≤ 2, s 2", "≤", 2, "", forward(small, field("launches"))),
+    Target("graph replay, the same maps", "≤", 8, " µs", forward(small, field("replay_seconds", 1e6))),
+    Target("host, the same maps", "≤", 40, " µs", forward(small, field("host_us"))),
+    Target(f"peak memory beyond inputs, output and normalised kernel space, {HEADLINE}", "≤", 1, "%",
+           forward(lambda record: headline(record) and record["dtype"] != "float64", percent_extra)),
+    Target("largest time per element over the smallest, above 10⁷ elements", "≤", 1.15, TIMES,
+           lambda run: [spread(points) for points in scaling(run).values()]),
+)  # fmt: skip
+
+
+def targets(run: Run) -> str:
+    """What was aimed at, and whether every case that it covers gets there."""
+    rows = []
+    for target in TARGETS:
+        values = target.values(run)
+        known = [value for value in values if value is not None]
+        cells = [target.what, f"{target.bound} {number(target.limit)}{target.unit}", "", target.met(values)]
+        if known:
+            count = str(len(known)) if len(known) == len(values) else f"{len(known)} of {len(values)}"
+            ends = dict.fromkeys((number(min(known)), number(max(known))))
+            cells[2] = f"{' to '.join(ends)}{target.unit} ({count})"
+        rows.append(cells)
+    return markdown(["<code>dlu_upsample</code> forward", "target", "measured (cases)", "met"], rows, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of README, and the files with every case
 # ---------------------------------------------------------------------------------------------------------------
 
 OVER = (
     f"“Over” a rival is its time over ours, in the same run: below 1{TIMES} the rival is faster. Interpolation and "
-    "DySample compute something else and are there for context. s is the scale factor, k the kernel size; an empty "
-    "cell was not measured."
+    "DySample compute something else and are there for context."
 )
+OF_A_COPY = "“Of a copy” is the rate of the bytes that have to be moved over that of a plain copy."
+CASES = "s is the scale factor, k the kernel size; an empty cell was not measured."
+GPU_CASES, CPU_CASES = RESULTS / "gpu.md", RESULTS / "cpu.md"
 
 
 def gpu(run: Run | None) -> str:
     if run is None:
         command = MAKE.format("--full ", RESULTS / "gpu.json")
         return f"Not measured yet. On a machine with a GPU and a clean tree:\n\n    {command}"
-    machine = run.machine
-    tables = {(key.op, key.direction) for key in run.records if key.op not in (*CONTEXT, "copy")}
-    ordered = sorted(tables, key=lambda table: (_rank(table[0]), PASSES.index(table[1])))
-    with_kernels = [table for table in ordered if run.select("triton", *table)]
     parts = [
-        _machine(
-            run,
-            f"{machine['gpu']}, driver {machine['gpu_driver']}, runtime {machine['gpu_runtime']}, "
-            f"host {Fields('cpu of machine_info', machine['cpu'])['brand_raw']}",
-        ),
-        "Median times of the device, inputs in memory rather than in cache. “Of a copy” is the rate of the bytes that "
-        "have to be moved over that of a plain copy. Errors are the largest against float64, in units of the largest "
-        f"true value, with those of eager PyTorch in the same type. {OVER}",
-        "Over all cases, the median, the least, the most, and how many cases were compared:",
-        overview(run, with_kernels),
-        *(_picture(name, text) for name, text in PLOT_TEXTS.items()),
+        _gpu_machine(run),
+        targets(run),
+        "A target is met if every case that it covers meets it. Over all cases, the median, the least, the most, and "
+        f"how many were compared. {OF_A_COPY} {OVER}",
+        overview(run),
+        *(_picture(name, PLOT_TEXTS[name]) for name in drawings(run)),
+        f"[Every case]({GPU_CASES})",
     ]
-    for op, direction in ordered:
-        if (op, direction) in with_kernels:
-            keys = run.select("triton", op, direction)
-            table = compared(run, keys, "triton", ("time, µs", 1e6), GPU_COLUMNS, "case", "dtype", "layout")
-        else:
-            table = timed(run, [key for key in run.records if (key.op, key.direction) == (op, direction)])
-        parts.append(_folded(f"<code>{op}</code>, {direction}: every case", table))
-    small = small_maps(run)
-    if small:
-        parts.append(_folded("Small maps: launched, replayed as a CUDA graph, and the host's part", small))
-    parts.append(_folded("Scaling of <code>dlu_upsample</code>, forward", scaling_table(run)))
     return "\n\n".join(parts)
+
+
+def gpu_cases(run: Run) -> str:
+    parts = [
+        "# Speed on a GPU",
+        _gpu_machine(run),
+        f"Median times of the device, inputs in memory rather than in cache. {OF_A_COPY} Errors are the largest "
+        "against float64, in units of the largest true value, with those of eager PyTorch in the same type. "
+        f"{OVER} {CASES}",
+        *every_case(run, _tables(run), "triton", ("time, µs", 1e6), GPU_COLUMNS),
+    ]
+    maps = small_maps(run)
+    if maps:
+        parts.append(_folded("Small maps: launched, replayed as a CUDA graph, and the host's part", maps))
+    if scaling(run):
+        parts.append(_folded("Scaling of <code>dlu_upsample</code>, forward", scaling_table(run)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _gpu_machine(run: Run) -> str:
+    machine = run.machine
+    host = Fields("cpu of machine_info", machine["cpu"])["brand_raw"]
+    return _machine(
+        run, f"{machine['gpu']}, driver {machine['gpu_driver']}, runtime {machine['gpu_runtime']}, host {host}"
+    )
 
 
 def cpu(run: Run | None) -> str:
     """On a CPU the eager twins are what the operators run."""
     if run is None:
         return f"Not measured yet. On a machine without a GPU:\n\n    {MAKE.format('', RESULTS / 'cpu.json')}"
-    brand = Fields("cpu of machine_info", run.machine["cpu"])["brand_raw"]
-    threads = run.machine["torch_threads"]
-    parts = [f"{_machine(run, f'{brand}, threads: {threads}')} Median times. {OVER}"]
-    for op in sorted({key.op for key in run.select("eager")}, key=_rank):
-        keys = run.select("eager", op)
-        table = compared(run, keys, "eager", ("time, ms", 1e3), {}, "direction", "case", "dtype", "layout")
-        parts.append(_folded(f"<code>{op}</code>", table))
+    keys = run.select("eager", "dlu_upsample")
+    table = compared(run, keys, "eager", ("time, ms", 1e3), {}, "direction", "case", "dtype", "layout")
+    parts = [
+        _cpu_machine(run),
+        f"<code>dlu_upsample</code>, median times. {OVER} {CASES}",
+        table,
+        f"[Everything else]({CPU_CASES})",
+    ]
     return "\n\n".join(parts)
+
+
+def cpu_cases(run: Run) -> str:
+    rest = [table for table in _tables(run) if table[0] != "dlu_upsample"]
+    parts = [
+        "# Speed on a CPU",
+        _cpu_machine(run),
+        f"Median times; those of <code>dlu_upsample</code> are in README. {OVER} {CASES}",
+        *every_case(run, rest, "eager", ("time, ms", 1e3), {}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cpu_machine(run: Run) -> str:
+    brand = Fields("cpu of machine_info", run.machine["cpu"])["brand_raw"]
+    return _machine(run, f"{brand}, threads: {run.machine['torch_threads']}")
 
 
 def explanations(root: Path) -> str:
@@ -442,11 +665,13 @@ COLOURS = {
 MARKERS = "osD^v"
 
 
+def drawings(run: Run) -> dict[str, Callable[[Run, tuple[str, ...]], Figure]]:
+    """What is drawn, by name: the scaling only if the selection has a series of sizes."""
+    return {"speedup": speedup, **({"scaling": scaling_plot} if scaling(run) else {}), "roofline": roofline}
+
+
 def plots(run: Run) -> dict[Path, str]:
     """SVG files, the same bytes for the same results."""
-    if not scaling(run):
-        raise ValueError(f"{run.path} must have dlu_upsample's forward pass at three sizes, got a selection without")
-    drawings = {"roofline": roofline, "speedup": speedup, "scaling": scaling_plot}
     found = {}
     for mode, (ink, grid) in INK.items():
         style = {
@@ -456,7 +681,7 @@ def plots(run: Run) -> dict[Path, str]:
             **{"grid.color": grid, "font.size": 9, "axes.axisbelow": True, "figure.constrained_layout.use": True},
             **{"svg.hashsalt": "dlu_triton", "svg.fonttype": "none"},  # text of the viewer's: a fifth of the bytes
         }
-        for name, draw in drawings.items():
+        for name, draw in drawings(run).items():
             file = io.StringIO()
             with matplotlib.style.context(("default", style)):
                 draw(run, COLOURS[mode]).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
@@ -553,7 +778,7 @@ def _picture(name: str, text: str) -> str:
 
 def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     """What the files that are made of the results should hold."""
-    on_gpu = read(root, "gpu.json", "cuda", allow_dirty=allow_dirty)
+    on_gpu = read(root, "gpu*.json", "cuda", allow_dirty=allow_dirty)
     on_cpu = read(root, "cpu.json", "cpu", allow_dirty=allow_dirty)
     readme = root.joinpath("README.md").read_text()
     for name, text in {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu)}.items():
@@ -561,7 +786,12 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
         readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"README must have one block {name!r}, got {count}")
-    return {Path("README.md"): readme, **({} if on_gpu is None else plots(on_gpu))}
+    found = {Path("README.md"): readme}
+    if on_gpu is not None:
+        found |= {GPU_CASES: gpu_cases(on_gpu), **plots(on_gpu)}
+    if on_cpu is not None:
+        found[CPU_CASES] = cpu_cases(on_cpu)
+    return found
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:

@@ -116,6 +116,7 @@ def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl:
         "dtype": case.dtype,
         "layout": case.layout,
         "shape": {"features": case[:4], "scale_factor": case.scale, "kernel_size": case.kernel},
+        "series": case in cases.SERIES,
     }
     torch.compiler.reset()  # so that torch.compile makes a graph for these sizes alone
     with records.supported(record):
@@ -142,5 +143,6 @@ def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl:
         return
     # The graph of `backward` belongs to the stream that it was built on, where a capture must not launch.
     replays = impl == "triton" and case.small and direction != BACKWARD
-    record |= measure.device_time(benchmark, call, replays=replays)
+    with records.supported(record):
+        record |= measure.device_time(benchmark, call, replays=replays)
     records.add(benchmark, case)

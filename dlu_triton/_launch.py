@@ -193,34 +193,34 @@ def most_registers() -> dict[str, int]:
     return {"maxnreg": 255} if torch.version.hip is None else {}
 
 
-# Outputs of a forward program, and window pixels per product, for kernels of 5 x 5: by itemsize, whether channels are
-# innermost, and scale factor. Chosen by counting machine instructions and cache lines, see bench/NOTES.md, "The forward
-# pass"; not measured on a GPU yet. NCHW takes wide tiles for the sake of whole sectors.
+# Outputs of a forward program, window pixels of a product, and warps, for kernels of 5 x 5: by itemsize, whether
+# channels are innermost, and scale factor. Chosen by counts in machine code, see "The forward pass" in bench/NOTES.md;
+# not measured on a GPU yet. NCHW takes wide tiles for the sake of whole sectors.
 FORWARD_TILES = {
-    (2, True, 2): (8, 8, 64),
-    (2, False, 2): (4, 32, 128),
-    (2, True, 4): (8, 16, 64),
-    (2, False, 4): (4, 32, 64),
-    (2, True, 8): (8, 16, 32),
-    (2, False, 8): (4, 32, 64),
-    (2, True, 16): (8, 16, 32),
-    (2, False, 16): (4, 32, 32),
-    **{(4, channels_last, 2): (8, 8, 32) for channels_last in (True, False)},
-    **{(4, channels_last, 4): (4, 16, 16) for channels_last in (True, False)},
-    **{(4, channels_last, scale): (4, 16, 32) for channels_last in (True, False) for scale in (8, 16)},
+    (2, True, 2): (8, 8, 64, 4),
+    (2, False, 2): (4, 32, 128, 4),
+    (2, True, 4): (8, 16, 64, 4),
+    (2, False, 4): (4, 32, 64, 4),
+    (2, True, 8): (8, 16, 32, 4),
+    (2, False, 8): (8, 16, 32, 4),
+    (2, True, 16): (8, 16, 32, 4),
+    (2, False, 16): (4, 32, 32, 4),
+    **{(4, channels_last, 2): (8, 8, 32, 4) for channels_last in (True, False)},
+    **{(4, channels_last, 4): (4, 16, 16, 4) for channels_last in (True, False)},
+    **{(4, channels_last, scale): (4, 16, 32, 4) for channels_last in (True, False) for scale in (8, 16)},
 }
 
 
 @cache
-def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> Tile:
-    """The tile of the forward pass, whose windows start at even columns and are even in width: it loads pairs."""
+def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> tuple[Tile, int]:
+    """Tile and warps of the forward pass. Windows start at even columns and are even in width, to load pairs."""
     entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
     if entry is None:
         tile = output_tile(scale_factor, kernel_size, itemsize)
-        entry = (tile.BLOCK_H, tile.BLOCK_W, None)
-    block_h, block_w, block_q = entry
-    height, width = window(block_h, block_w, scale_factor, kernel_size)
-    return Tile(block_h, block_w, height, width, block_q or _piece(height * width, itemsize))
+        height, width = window(tile.BLOCK_H, tile.BLOCK_W, scale_factor, kernel_size)
+        entry = (tile.BLOCK_H, tile.BLOCK_W, _piece(height * width, itemsize), options(kernel_size)["num_warps"])
+    block_h, block_w, block_q, warps = entry
+    return Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), warps
 
 
 def window(block_h: int, block_w: int, scale_factor: int, kernel_size: int) -> tuple[int, int]:
@@ -391,7 +391,7 @@ class FeatureLayout(NamedTuple):
 
 def feature_layout(features: Tensor) -> FeatureLayout:
     n, c, h, w = features.stride()
-    if c == 1 and features.shape[1] > 1:
+    if channels_innermost(features):
         unit = math.gcd(n, h, w, 16 // features.element_size())
         return FeatureLayout("c", unit, (n // unit, c, h // unit, w // unit), False)
     if w == 1:

@@ -18,9 +18,10 @@ from machine_code import Program, dump, instructions
 from triton.backends.compiler import GPUTarget
 
 # An H200: a device copy at 4.3e12 bytes a second, 132 SMs at 1.7e9 clocks. An SM issues four warp instructions a clock,
-# looks up one line of 128 bytes in its L1 cache, and has dense tensor cores, in operations by size of the operands.
+# one that goes to shared memory or exchanges lanes, and looks up one line of 128 bytes in its L1 cache. Operations of
+# the tensor cores, dense, by size of the operands.
 BYTES_PER_CLOCK = 4.3e12 / 132 / 1.7e9
-INSTRUCTIONS_PER_CLOCK, LINES_PER_CLOCK = 4, 1
+INSTRUCTIONS_PER_CLOCK, SHARED_PER_CLOCK, LINES_PER_CLOCK = 4, 1, 1
 TENSOR_FLOP_PER_CLOCK = {2: 4096, 4: 2048}
 WARPS, REGISTERS, SHARED, BLOCKS = 64, 65536, 227 * 1024, 32
 LINE = 128
@@ -36,8 +37,8 @@ SHAPES = [
 ]  # fmt: skip
 N, H, W, KERNEL = 8, 104, 168, 5
 TABLE = (
-    "operator", "dtype", "channels", "scale", "layout", "tile", "memory", "instructions", "tensor cores", "cache lines",
-    "registers", "warps",
+    "operator", "dtype", "channels", "scale", "layout", "tile", "memory",
+    "instructions", "tensor cores", "shared memory", "cache lines", "registers", "warps",
 )  # fmt: skip
 
 
@@ -65,14 +66,18 @@ def bytes_per_source(operator: str, channels: int, scale: int, itemsize: int) ->
     return itemsize * (channels * (1 + scale**2) + kernels)
 
 
-def lines(tile: dict, layout: torch.memory_format, channels: int, itemsize: int) -> float:
-    """Cache lines that loads of features and stores of outputs touch; a run that begins anywhere may touch one more."""
+def lines(tile: dict, layout: torch.memory_format, channels: int, itemsize: int, window: int, sampled: bool) -> float:
+    """Cache lines that loads of features and kernels and stores of outputs touch.
+
+    A run that begins anywhere may touch one more. Of the kernel space each output reads four corners, a line each.
+    """
+    outputs = tile["BLOCK_H"] * tile["BLOCK_W"]
+    corners = 4 * outputs if sampled else 0
     if layout is LAST:
-        pixels = tile["WINDOW_H"] * tile["WINDOW_W"] + tile["BLOCK_H"] * tile["BLOCK_W"]
-        return pixels * math.ceil(channels * itemsize / LINE)
-    loads = tile["WINDOW_H"] * (1 + (tile["WINDOW_W"] - 2) * itemsize / LINE)
+        return corners + (window + outputs) * math.ceil(channels * itemsize / LINE)
+    loads = window / tile["WINDOW_W"] * (1 + (tile["WINDOW_W"] - 2) * itemsize / LINE)
     stores = tile["BLOCK_H"] * math.ceil(tile["BLOCK_W"] * itemsize / LINE)
-    return channels * (loads + stores)
+    return corners + channels * (loads + stores)
 
 
 def row(operator: str, dtype: torch.dtype, layout: torch.memory_format, channels: int, scale: int) -> dict:
@@ -90,8 +95,11 @@ def row(operator: str, dtype: torch.dtype, layout: torch.memory_format, channels
     clocks = {
         "instructions": executed.total() * warps / INSTRUCTIONS_PER_CLOCK,
         "tensor cores": 2 * products * outputs * window * channels / TENSOR_FLOP_PER_CLOCK[itemsize],
-        "cache lines": lines(tile, layout, channels, itemsize) / LINES_PER_CLOCK,
-    }
+        "shared memory": sum(
+            count for opcode, count in executed.items() if opcode.startswith(("SHFL", "STS", "LDS", "STSM"))
+        ) * warps / SHARED_PER_CLOCK,
+        "cache lines": lines(tile, layout, channels, itemsize, window, operator == "dlu_upsample") / LINES_PER_CLOCK,
+    }  # fmt: skip
     registers = max(int(word.split(":")[1]) for word in dump(kernel, "-res-usage").split() if word.startswith("REG:"))
     blocks = min(
         REGISTERS // (triton.cdiv(registers, 8) * 8 * 32 * warps),
@@ -106,9 +114,11 @@ def row(operator: str, dtype: torch.dtype, layout: torch.memory_format, channels
         **{name: round(value / memory, 2) for name, value in clocks.items()},
         "registers": registers, "shared": kernel.metadata.shared, "warps": blocks * warps, "program warps": warps,
         "feature bytes": window * channels * itemsize, "output bytes": outputs * channels * itemsize,
+        "pair bytes": 2 * itemsize,
         "wgmma": sum(count for opcode, count in executed.items() if opcode.startswith("HGMMA")),
         "wide loads": sum(count for opcode, count in executed.items() if opcode.startswith("LDG.E.128")),
         "scalar loads": sum(count for opcode, count in executed.items() if opcode.startswith("LDG.E.U16")),
+        "pair loads": executed["LDG.E.64" if itemsize == 4 else "LDG.E"],
         "wide stores": sum(count for opcode, count in executed.items() if opcode.startswith("STG.E.128")),
         "narrow stores": sum(
             count for opcode, count in executed.items() if opcode.startswith("STG") and ".128" not in opcode

@@ -1,12 +1,15 @@
 """Call operators on meta tensors of several sizes, with a stub in place of the GPU, and report what was launched.
 
-    python tests/launch_again.py
+    python tests/launch_again.py [--time]
 
-prints a JSON object: how many kernels were compiled at each step, and whether launches that are repeated pass on the
-very arguments that Triton's own way to launch would. In a process of its own, as `compile_kernels.py`.
+prints a JSON object: how many kernels were compiled at each step, whether launches that are repeated pass on the very
+arguments that Triton's own way to launch would, and which calls are alike. With --time instead what the host takes for
+a call, in microseconds, without the driver's own work. In a process of its own, as `compile_kernels.py`.
 """
 
 import json
+import sys
+import timeit
 
 import torch
 import triton
@@ -45,6 +48,7 @@ def main() -> None:
         dlu.dlu_upsample_op._init_fn(features, space, offsets, 2, 5, 1)
         carafe.carafe_op._init_fn(features, meta(n, 25, 2 * h, 2 * w, layout=layout), 5, 1, 2)
         carafe.carafe_upsample_op._init_fn(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
+        dlu.expand_kernels_op._init_fn(space, offsets, 2, 5, 1)
         return [(grid, kernel, [_plain(argument) for argument in arguments]) for grid, kernel, arguments in launched]
 
     report = {"compiled at first": {}, "compiled": {}, "repeated": {}, "launches": {}}
@@ -67,7 +71,36 @@ def main() -> None:
         report["repeated"][name] = {
             "through Triton": len(kept), "afresh": len(runs), "same": first == again == afresh, "held": _held(_launch)
         }  # fmt: skip
+    report["alike"] = alike(carafe)
     print(json.dumps(report))
+
+
+def alike(carafe) -> dict[str, bool]:
+    """Whether calls that differ in one thing launch the same kernel on the same arguments, tensors aside."""
+
+    def call(features, masks, kernel_size=3, groups=1) -> tuple:
+        launched.clear()
+        carafe.carafe_op._init_fn(features, masks, kernel_size, groups, 2)
+        ((grid, kernel, arguments),) = launched
+        return grid, kernel, [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+
+    x, masks = meta(2, 72, 26, 42), meta(2, 9, 52, 84)
+    real = torch.zeros(2 * 72 * 26 * 42 + 1, dtype=torch.bfloat16)  # meta tensors have no address
+    based, shifted = real[:-1].view(2, 72, 26, 42), real[1:].view(2, 72, 26, 42)
+    wide, matmul = (x.float(), masks.float()), torch.backends.cuda.matmul
+    plain = call(x, masks)
+    found = {
+        "again": call(meta(2, 72, 26, 42), masks) == plain,
+        "dtype": call(x.half(), masks.half()) == plain,
+        "settings": call(x, masks, kernel_size=1, groups=9) == plain,
+        "strides": call(meta(2, 144, 26, 42)[:, ::2], masks) == plain,
+        "alignment": call(shifted, masks) == call(based, masks),
+    }
+    before, exact = matmul.fp32_precision, call(*wide)
+    matmul.fp32_precision = "tf32"
+    found["tf32"] = call(*wide) == exact
+    matmul.fp32_precision = before
+    return found
 
 
 def _plain(argument: object) -> object:
@@ -79,5 +112,32 @@ def _held(launch: object) -> int:
     return sum(isinstance(each, torch.Tensor) for repeat in launch._repeats.values() for each in repeat.arguments)
 
 
+def times() -> None:
+    """What the host takes for a forward pass of DLU, and of it the checks and the launches."""
+    import dlu_triton
+    from dlu_triton import _checks, _launch
+    from dlu_triton.ops import dlu
+
+    tensors = meta(2, 256, 13, 21), meta(2, 25, 13, 21), meta(2, 8, 13, 21)
+
+    def afresh() -> None:
+        _launch.forget_launches()
+        dlu.dlu_upsample_op._init_fn(*tensors, 2, 5, 1)
+
+    calls = {
+        "both launches": lambda: dlu.dlu_upsample_op._init_fn(*tensors, 2, 5, 1),
+        "both launches, not repeated": afresh,
+        "checks": lambda: _checks.dlu_upsample(*tensors, 2, 5, 1),
+        "checks, and the registered operator on meta tensors": lambda: dlu_triton.dlu_upsample(*tensors, 2),
+    }
+    for name, call in calls.items():
+        seconds = min(timeit.repeat(call, number=200, repeat=10)) / 200
+        print(f"{name:55}{1e6 * seconds:6.1f} us")
+
+
 if __name__ == "__main__":
-    main()
+    if "--time" in sys.argv[1:]:
+        triton.runtime.driver.set_active(StubDriver(GPUTarget("cuda", 90, 32)))
+        times()
+    else:
+        main()

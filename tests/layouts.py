@@ -14,6 +14,21 @@ def sliced(x):
     return large[1::2, 1::2, 1::2, 1::2]
 
 
+def cropped(x):
+    """Columns two to the right of the edge of a wider tensor: even strides and odd, and a base that is not aligned."""
+    wide = x.new_full((*x.shape[:3], x.shape[3] + 3), float("nan"))
+    wide[..., 2:-1] = x
+    return wide[..., 2:-1]
+
+
+def channel_slice(x):
+    """Channels of a larger channels_last tensor, from the fourth on."""
+    n, c, h, w = x.shape
+    wide = x.new_full((n, h, w, c + 8), float("nan")).permute(0, 3, 1, 2)
+    wide[:, 4:-4] = x
+    return wide[:, 4:-4]
+
+
 def transposed(x):
     """Height innermost."""
     return x.transpose(2, 3).contiguous().transpose(2, 3)

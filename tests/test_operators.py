@@ -6,13 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from layouts import channels_last, expanded, scalar, sliced, transposed
+from layouts import channel_slice, channels_last, cropped, expanded, scalar, sliced, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlu_triton
 from dlu_triton import _launch, _verify, reference
 from dlu_triton._verify import Case
-from dlu_triton.ops import _kernels
+from dlu_triton.ops import _kernels, _reassembly
 from dlu_triton.ops import carafe as carafe_ops
 from dlu_triton.ops import dlu as dlu_ops
 
@@ -111,6 +111,29 @@ def test_offsets_of_64_bits(operator, channels_last, device, monkeypatch):
     _launch.forget_launches()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), **by_name)
+def test_which_maps_are_read_in_pairs(dtype):
+    """What no value shows: those of even width and strides, where columns are innermost."""
+
+    def aligned(x):
+        n, c, h, w = x.shape
+        output = x.new_empty(n, c, 2 * h, 2 * w)
+        launch = _reassembly._forward_launch((x, x.new_empty(n, 25, 2 * h, 2 * w), output), 5, 1, 2, False, "ieee")
+        return launch.arguments[-1]
+
+    def meta(h, w):
+        return torch.empty(2, 3, h, w, dtype=dtype, device="meta")
+
+    for size in ((104, 168), (26, 40), (3, 4)):
+        assert aligned(meta(*size)) == 2
+    for size in ((26, 42), (14, 14), (3, 2)):  # rows of 8 bytes in half precision
+        assert aligned(meta(*size)) == (1 if dtype == torch.bfloat16 else 2)
+    for x in (meta(100, 167), meta(13, 21), meta(8, 8).contiguous(memory_format=torch.channels_last)):
+        assert aligned(x) == 0
+    assert aligned(meta(8, 10)[..., :8]) == 2
+    assert aligned(meta(8, 11)[..., :8]) == 0
+
+
 def test_which_images_take_64_bits():
     """Only those whose own elements are as far apart, however large the batch or the storage behind a view."""
     whole = torch.empty(3, 2**10, 2**10, 2**11, dtype=torch.bool, device="meta")
@@ -130,7 +153,7 @@ def test_which_images_take_64_bits():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-LAYOUTS = (channels_last, sliced, transposed, expanded, scalar)
+LAYOUTS = (channels_last, sliced, cropped, channel_slice, transposed, expanded, scalar)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

@@ -28,6 +28,7 @@ MACHINE = {
     "commit": "0123456789abcdef",
     "dirty": False,
 }
+SELECTION = {"name": "full", "shard": [1, 1], "failed": 0, "keyword": ""}
 SIZES = ((2, 8, 4, 5), (2, 8, 8, 10), (2, 8, 16, 20))
 
 
@@ -46,6 +47,8 @@ def record(impl, microseconds, *, op="dlu_upsample", features=SIZES[0], directio
         "replay_seconds": None,
         "max_error": 1.5e-3,
         "eager_error": 2.5e-3,
+        "ideal_bytes": 10**9,
+        "series": False,
     }
     stats = {"median": microseconds * 1e-6}
     return {"name": f"{op}-{impl}-{direction}", "stats": stats, "extra_info": fields | other}
@@ -78,10 +81,15 @@ def drawn(root, monkeypatch):
     monkeypatch.setattr(report, "plots", draw)
 
 
-def write(root, *records, name="gpu.json", errors=(), **machine):
-    """Results with three sizes of DLU's forward pass at least."""
-    sizes = [record("triton", 10 * 4**index, features=size) for index, size in enumerate(SIZES)]
-    results = {"machine_info": MACHINE | machine, "benchmarks": [*sizes, *records], "unsupported": list(errors)}
+def write(root, *records, name="gpu.json", errors=(), sizes=SIZES, selection=None, **machine):
+    """Results of a series of sizes of DLU's forward pass, and of what else there is."""
+    series = [record("triton", 10 * 4**index, features=size, series=True) for index, size in enumerate(sizes)]
+    results = {
+        "machine_info": MACHINE | machine,
+        "benchmarks": [*series, *records],
+        "unsupported": list(errors),
+        "selection": SELECTION | (selection or {}),
+    }
     root.joinpath("bench", "results", name).write_text(json.dumps(results))
 
 
@@ -94,15 +102,31 @@ def block(root, name):
     return re.search(rf"<!-- {name}: .*?<!-- end -->", plain(root / "README.md"), re.DOTALL)[0]
 
 
-def rows(root, title, name="gpu"):
-    """Cells of a table by column, of the fold whose title starts so, or of the table above all folds."""
-    text = block(root, name)
-    text = text[text.index(f"<summary>{title}") :] if title else text
-    text = text.partition("details>")[0]
-    titles, _, *lines = (
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")
-    )
+def cases(root, name="gpu"):
+    return plain(root / "bench" / "results" / f"{name}.md")
+
+
+def table(text):
+    """Cells of the first table of a text, by column."""
+    lines = text[text.index("\n| ") + 1 :].partition("\n\n")[0].splitlines()
+    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
     return [dict(zip(titles, line, strict=True)) for line in lines]
+
+
+def rows(root, title, name="gpu"):
+    """Cells of the table whose fold has that title."""
+    text = cases(root, name)
+    return table(text[text.index(f"<summary>{title}") :])
+
+
+def overview(root):
+    return table(block(root, "gpu").partition("A target is met")[2])
+
+
+def target(root, what):
+    """What was measured for a target, and whether it is met."""
+    (row,) = (row for row in table(block(root, "gpu")) if what in row["<code>dlu_upsample</code> forward"])
+    return row["measured (cases)"], row["met"]
 
 
 FORWARD = "<code>dlu_upsample</code>, forward"
@@ -139,15 +163,18 @@ def test_figures_are_those_of_the_file(root):
     }
     text = block(root, "gpu")
     machine = "Made-up GPU, driver 1.2, runtime 3.4, host Made-up CPU, torch 5.6, Triton 7.8, Python 9.10"
-    assert f"{machine}, commit 0123456789ab, `bench/results/gpu.json`." in text
+    assert f"{machine}, commit 0123456789ab, `bench/results/gpu.json` (selection full)." in text
     assert "Not measured" not in text
+    assert "(bench/results/gpu.md)" in text
+    assert "<details>" not in text
+    assert machine in cases(root)
 
 
 def test_overview_over_all_cases(root):
     rivals = [record("compiled", us, features=size) for us, size in zip((20, 20, 640), SIZES, strict=True)]
     write(root, *rivals, record("triton", 9, op="carafe"), record("unfold", 90, op="carafe"))
     report.main([], root)
-    dlu, carafe = rows(root, "")
+    dlu, carafe = overview(root)
     assert (dlu["op"], dlu["of a copy"]) == ("dlu_upsample", "0.789 (0.789 to 0.789, 3)")
     assert (dlu["over compiled"], dlu["over unfold"]) == ("2 (0.5 to 4, 3)", "")
     assert (carafe["over compiled"], carafe["over unfold"]) == ("", "10 (10 to 10, 1)")
@@ -180,7 +207,7 @@ def test_interpolation_is_compared_with_upsampling_only(root):
     assert rows(root, FORWARD)[0]["over interpolate nearest"] == "0.25x"
     (row,) = rows(root, "<code>expand_kernels</code>, forward")
     assert {title for title in row if title.startswith("over")} == {"over eager"}
-    assert "<code>interpolate</code>" not in block(root, "gpu")
+    assert "<code>interpolate</code>" not in cases(root)
 
 
 def test_unsupported_rivals_have_a_footnote(root):
@@ -188,12 +215,22 @@ def test_unsupported_rivals_have_a_footnote(root):
     errors = [unsupported(error, impl="unfold", features=size) for size in SIZES[1:]]
     write(root, record("unfold", 50), errors=[*errors, unsupported("no kernel", impl="mmcv")])
     report.main([], root)
-    table = rows(root, FORWARD)
-    assert [row["over unfold"] for row in table] == ["5x", "-<sup>2</sup>", "-<sup>2</sup>"]
-    assert [row["over mmcv"] for row in table] == ["-<sup>1</sup>", "", ""]
-    assert "<sup>1</sup> mmcv: no kernel" in block(root, "gpu")
-    assert "<sup>2</sup> unfold: OutOfMemoryError: CUDA out of memory\n" in block(root, "gpu")
-    assert "Tried" not in block(root, "gpu")
+    found = rows(root, FORWARD)
+    assert [row["over unfold"] for row in found] == ["5x", "-<sup>2</sup>", "-<sup>2</sup>"]
+    assert "over mmcv" not in found[0]  # nothing but dashes
+    assert "<sup>1</sup> mmcv: no kernel" in cases(root)
+    assert "<sup>2</sup> unfold: OutOfMemoryError: CUDA out of memory\n" in cases(root)
+    assert "Tried" not in cases(root)
+
+
+def test_columns_without_a_figure_are_left_out(root):
+    large = {"features": SIZES[1]}
+    errors = [unsupported("no kernel", impl="mmcv"), unsupported("not installed", impl="official", **large)]
+    write(root, record("unfold", 50), record("mmcv", 60, **large), errors=errors)
+    report.main([], root)
+    titles = [title for title in rows(root, FORWARD)[0] if title.startswith("over ")]
+    assert titles == ["over unfold", "over mmcv"]
+    assert "official: not installed" in cases(root)
 
 
 def test_where_our_own_cannot_run_there_is_no_figure(root):
@@ -202,7 +239,8 @@ def test_where_our_own_cannot_run_there_is_no_figure(root):
     report.main([], root)
     last = rows(root, FORWARD)[-1]
     assert last["time, µs"] == "-<sup>1</sup>"
-    assert last["of a copy"] == last["over compiled"] == ""
+    assert last["of a copy"] == ""
+    assert "over compiled" not in last
 
 
 def test_operators_without_a_kernel_are_timed_by_name(root):
@@ -228,8 +266,9 @@ def test_small_maps_are_those_with_a_replay(root):
     ]
 
 
-def test_scaling(root):
-    write(root, record("triton", 3, features=(2, 16, 4, 5)))  # one size of other channels is no series
+def test_scaling_is_of_the_cases_in_a_series(root):
+    others = [record("triton", 3, features=(2, 16, size, 5)) for size in (4, 8, 16)]
+    write(root, *others, record("triton", 3, features=(2, 8, 4, 4)))
     report.main([], root)
     (row,) = rows(root, "Scaling")
     assert row == {
@@ -244,16 +283,255 @@ def test_scaling(root):
     }
 
 
+LARGE = [(n, 256, 100, 100) for n in (1, 2, 4)]  # 10,240,000 elements and more
+
+
+def of_the_series(microseconds, sizes=LARGE):
+    return [record("triton", us, features=size, series=True) for us, size in zip(microseconds, sizes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "spread", "met"), (((10, 22, 40), "1.1", "yes"), ((10, 20, 48), "1.2", "no")), ids=("flat", "not")
+)
+def test_spread_is_that_above_ten_million_elements(root, microseconds, spread, met):
+    small = record("triton", 10, features=(1, 256, 10, 10), series=True)
+    write(root, small, *of_the_series(microseconds), sizes=())
+    report.main([], root)
+    (row,) = rows(root, "Scaling")
+    assert row["cases"] == "4"
+    assert row["spread above 10⁷ elements"] == spread
+    assert target(root, "time per element") == (f"{spread}x (1)", met)
+
+
+def test_without_a_series_there_is_no_scaling(root, drawn):
+    write(root, record("triton", 10), sizes=())
+    report.main([], root)
+    assert target(root, "time per element") == ("", "not measured")
+    assert "Scaling" not in cases(root)
+    assert "scaling-" not in block(root, "gpu")
+    assert "roofline-" in block(root, "gpu")
+    assert not list(root.glob("bench/results/plots/scaling-*"))
+
+
 def test_cpu_times(root):
     rivals = [record(impl, us) for impl, us in (("eager", 1500), ("unfold", 6000), ("unfold-nearest", 750))]
-    write(root, *rivals, name="cpu.json", device="cpu", gpu=None)
+    carafe = [record(impl, us, op="carafe") for impl, us in (("eager", 2500), ("unfold", 5000))]
+    module = [record(impl, us, op="module") for impl, us in (("DLUPack", 123.4), ("CARAFEPack", 56.7))]
+    explanation = record("dlu_triton", 78.9, op="explanation", direction="explanation")
+    missing = unsupported("not installed", impl="official")
+    other = {"name": "cpu.json", "sizes": (), "device": "cpu", "gpu": None}
+    write(root, *rivals, *carafe, *module, explanation, errors=[missing], **other)
     report.main([], root)
-    (row,) = rows(root, "<code>dlu_upsample</code>", name="cpu")
-    assert row["time, ms"] == "1.5"
+    (row,) = table(block(root, "cpu"))
+    assert (row["pass"], row["time, ms"]) == ("forward", "1.5")
     assert (row["over unfold"], row["over unfold-nearest"]) == ("4x", "0.5x")
+    assert "over official" not in row
+    assert "<sup>1</sup> official: not installed" in block(root, "cpu")
     assert "Made-up CPU, threads: 3, torch 5.6" in block(root, "cpu")
+    assert "(bench/results/cpu.md)" in block(root, "cpu")
+    assert "carafe" not in block(root, "cpu")
     assert "GPU" not in block(root, "cpu")
     assert "Not measured yet." in block(root, "gpu")
+    (row,) = rows(root, "<code>carafe</code>, forward", "cpu")
+    assert (row["time, ms"], row["over unfold"]) == ("2.5", "2x")
+    (row,) = rows(root, "<code>module</code>, forward", "cpu")
+    assert (row["DLUPack, µs"], row["CARAFEPack, µs"]) == ("123", "56.7")
+    (row,) = rows(root, "<code>explanation</code>, explanation", "cpu")
+    assert row["dlu_triton, µs"] == "78.9"
+    assert "Made-up CPU, threads: 3, torch 5.6" in cases(root, "cpu")
+    assert "<summary><code>dlu_upsample" not in cases(root, "cpu")
+    assert not root.joinpath("bench", "results", "gpu.md").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def case(n=8, c=256, h=104, w=168, scale=2, kernel=5, **fields):
+    return {"shape": {"features": [n, c, h, w], "scale_factor": scale, "kernel_size": kernel}, **fields}
+
+
+def small_map(**fields):
+    return case(n=2, h=13, w=21, **fields)
+
+
+PIXELS = 8 * 104 * 168
+SINGLE, LAST = {"dtype": "float32"}, {"layout": "channels_last"}
+OTHERS = [case(n=4), case(c=64), case(h=100), case(scale=4), case(kernel=3)]
+
+
+@pytest.mark.parametrize(
+    ("what", "records", "measured", "met"),
+    (
+        ("bfloat16 and float16", [case(roofline=0.85), case(n=16, roofline=0.9)], "0.85 to 0.9 (2)", "yes"),
+        ("bfloat16 and float16", [case(dtype="float16", roofline=0.84)], "0.84 (1)", "no"),
+        ("bfloat16 and float16", [case(roofline=0.95), case(roofline=0.84, **LAST)], "0.84 to 0.95 (2)", "no"),
+        ("bfloat16 and float16", [case(), case(roofline=None, **LAST)], "0.789 (1 of 2)", "no"),
+        ("bfloat16 and float16", [case(roofline=1), case(roofline=None, **LAST)], "1 (1 of 2)", "not measured"),
+        ("bfloat16 and float16", [case(**SINGLE), *OTHERS], "", "not measured"),
+        ("s 2 k 5, float32", [case(roofline=0.8, **SINGLE)], "0.8 (1)", "yes"),
+        ("s 2 k 5, float32", [case(roofline=0.79, **SINGLE), case(roofline=1)], "0.79 (1)", "no"),
+        ("s 4, 8 and 16", [case(scale=s, roofline=s / 4) for s in (2, 4, 8, 16)], "1 to 4 (3)", "yes"),
+        ("s 4, 8 and 16", [case(scale=4, roofline=0.7), case(scale=4, **SINGLE)], "0.7 (1)", "no"),
+        ("64 channels", [case(c=64, roofline=0.81), case(), case(c=64, **SINGLE)], "0.81 (1)", "yes"),
+        ("64 channels", [case(c=64, roofline=0.79)], "0.79 (1)", "no"),
+        ("launches", [small_map(launches=1), case(n=1, h=26, w=42, launches=2)], "1 to 2 (2)", "yes"),
+        ("launches", [small_map(launches=3)], "3 (1)", "no"),
+        ("launches", [case(h=13, w=21), case(n=2, h=14, w=14), small_map(scale=16)], "", "not measured"),
+        ("graph replay", [small_map(replay_seconds=7.9e-6)], "7.9 µs (1)", "yes"),
+        ("graph replay", [small_map(replay_seconds=8.1e-6)], "8.1 µs (1)", "no"),
+        ("host", [small_map(host_us=40.0)], "40 µs (1)", "yes"),
+        ("host", [small_map(host_us=41.0)], "41 µs (1)", "no"),
+        ("peak memory", [case(peak_extra_bytes=64 * PIXELS + 10**7)], "1% (1)", "yes"),
+        ("peak memory", [case(peak_extra_bytes=64 * PIXELS + 2 * 10**7)], "2% (1)", "no"),
+        ("peak memory", [case(peak_extra_bytes=128 * PIXELS + 10**7, **SINGLE)], "1% (1)", "yes"),
+        ("peak memory", [case(peak_extra_bytes=128 * PIXELS + 2 * 10**7, **SINGLE)], "2% (1)", "no"),
+        ("peak memory", [case(peak_extra_bytes=0)], "0% (1)", "yes"),
+    ),
+)
+def test_target(root, what, records, measured, met):
+    backward = record("triton", 10, direction="backward", **case(roofline=0))
+    write(root, *(record("triton", 10, **each) for each in records), backward, sizes=())
+    report.main([], root)
+    assert target(root, what) == (measured, met)
+
+
+CARAFE = {"op": "carafe", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("what", "rival", "ours", "limit", "better"),
+    (
+        ("bilinear", {"impl": "interpolate", "op": "interpolate"}, {}, 1 / 1.15, "0.575 to 1.15x (2)"),
+        ("compiled", {"impl": "compiled"}, {}, 5, "5 to 10x (2)"),
+        ("mmcv", {"impl": "mmcv", **CARAFE}, CARAFE, 8, "8 to 16x (2)"),
+    ),
+    ids=("interpolate", "compiled", "mmcv"),
+)
+def test_target_over_a_rival(root, what, rival, ours, limit, better):
+    def results(*times, **other):
+        mine = [record("triton", 100, features=size, **ours) for size in SIZES]
+        rivals = [record(**rival, microseconds=us, features=size) for us, size in zip(times, SIZES, strict=False)]
+        write(root, *mine, *rivals, sizes=(), **other)
+        report.main([], root)
+        return target(root, what)
+
+    just = 100 * limit * (1 + 1e-9)
+    assert results(just, 2 * just) == (better, "yes")
+    assert results(0.9 * just, 2 * just)[1] == "no"
+    assert results() == ("", "not measured")
+    assert results(errors=[unsupported("no kernel", **rival)]) == ("", "not measured")
+    measured, met = results(just, errors=[unsupported("no kernel", **rival, features=SIZES[1])])
+    assert measured.endswith("(1 of 2)")
+    assert met == "not measured"
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        {"impl": "compiled", "dtype": "float32"},
+        {"impl": "nearest", "op": "interpolate"},
+        {"impl": "compiled", **CARAFE},
+        {"impl": "mmcv", "op": "carafe"},
+    ),
+)
+def test_no_target_is_over_another_rival(root, other):
+    names = {"op": "carafe" if other.get("op") == "carafe" else "dlu_upsample", "dtype": other.get("dtype", "bfloat16")}
+    write(root, record("triton", 100, **names), record(**other, microseconds=1), sizes=())
+    report.main([], root)
+    for what in ("compiled", "bilinear", "mmcv"):
+        assert target(root, what) == ("", "not measured")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused, and what is put together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_failed_tests_are_refused(root):
+    write(root, selection={"failed": 2})
+    with pytest.raises(ValueError, match=r"^bench/results/gpu\.json must be of a run without failures, got 2$"):
+        report.main(["--allow-dirty"], root)
+
+
+def test_a_part_of_a_selection_is_refused(root):
+    write(root, name="cpu.json", device="cpu", selection={"keyword": "dlu and not carafe"})
+    with pytest.raises(
+        ValueError, match=r"^bench/results/cpu\.json must hold a whole selection, got 'dlu and not carafe' of it$"
+    ):
+        report.main(["--allow-dirty"], root)
+
+
+def write_shards(root, numbers, count=4, **machine):
+    """A shard each, with another channels' forward pass and the copy of that case."""
+    for number in numbers:
+        shard = {"features": (2, 8 * number, 4, 5)}
+        records = [record("triton", 10 * number, **shard), record("copy", 7, op="copy", **shard)]
+        selection = {"shard": [number, count]}
+        write(root, *records, name=f"gpu-{number}.json", sizes=(), selection=selection, **machine)
+
+
+def test_shards_are_one_run(root):
+    write_shards(root, (1, 2, 3, 4))
+    report.main([], root)
+    found = {row["case"]: row["time, µs"] for row in rows(root, FORWARD)}
+    assert found == {f"2x{8 * number}x4x5 s 2 k 5": f"{10 * number}" for number in (1, 2, 3, 4)}
+    assert overview(root)[0]["of a copy"] == "0.789 (0.789 to 0.789, 4)"
+    assert "`bench/results/gpu*.json` (selection full)." in block(root, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"), (((1, 2, 4), r"got \[1, 2, 4\]: missing \[3\]$"), ((1,), r"missing \[2, 3, 4\]$"))
+)
+def test_shards_must_be_complete(root, numbers, message):
+    write_shards(root, numbers)
+    with pytest.raises(ValueError, match=r"^bench/results/gpu\*\.json must be shards \[1, 2, 3, 4\], .*" + message):
+        report.main([], root)
+
+
+def test_a_shard_twice_is_refused(root):
+    write_shards(root, (1, 2), count=2)
+    write(root, name="gpu-9.json", selection={"shard": [2, 2]})
+    with pytest.raises(ValueError, match=r"must be shards \[1, 2\], each once, got \[1, 2, 2\]"):
+        report.main([], root)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ({"gpu": "B"}, {"gpu_driver": "B"}, {"torch": "B"}, {"triton": "B"}, {"commit": "B"}, {"dirty": True}),
+    ids=lambda other: next(iter(other)),
+)
+def test_shards_of_other_machines_or_commits_are_refused(root, other):
+    write_shards(root, (1,), count=2)
+    write_shards(root, (2,), count=2, **other)
+    ((field, value),) = other.items()
+    with pytest.raises(
+        ValueError,
+        match=rf"^bench/results/gpu-1\.json and bench/results/gpu-2\.json must have the same {field}, "
+        rf"got {MACHINE[field]!r} and {value!r}$",
+    ):
+        report.main(["--allow-dirty"], root)
+
+
+@pytest.mark.parametrize(
+    ("selection", "what"),
+    (({"name": "quick", "shard": [2, 2]}, "selection"), ({"shard": [2, 3]}, "number of shards")),
+)
+def test_shards_of_another_selection_are_refused(root, selection, what):
+    write_shards(root, (1,), count=2)
+    write(root, name="gpu-2.json", selection=selection)
+    with pytest.raises(ValueError, match=f"must have the same {what}, got "):
+        report.main([], root)
+
+
+@pytest.mark.parametrize("impl", ("triton", "copy"))
+def test_a_record_in_two_shards_is_refused(root, impl):
+    write_shards(root, (1,), count=2)
+    again = record(impl, 7, op="copy" if impl == "copy" else "dlu_upsample", features=(2, 8, 4, 5))
+    write(root, again, name="gpu-2.json", sizes=(), selection={"shard": [2, 2]})
+    with pytest.raises(ValueError, match=rf"^bench/results/gpu-2\.json must hold one run, got {impl} twice for "):
+        report.main([], root)
 
 
 @pytest.mark.parametrize("machine", ({"dirty": True}, {"commit": None, "dirty": None}), ids=("dirty", "unknown"))
@@ -281,7 +559,7 @@ def test_results_of_two_runs_are_refused(root):
         report.main([], root)
 
 
-@pytest.mark.parametrize("field", ("impl", "launches", "host_us", "replay_seconds", "roofline", "max_error"))
+@pytest.mark.parametrize("field", ("impl", "launches", "host_us", "replay_seconds", "roofline", "max_error", "series"))
 def test_a_missing_field_of_a_benchmark_is_named(root, field):
     write(root, record("triton", 10, replay_seconds=4.56e-6, layout="channels_last"))
     path = root / "bench" / "results" / "gpu.json"
@@ -294,7 +572,7 @@ def test_a_missing_field_of_a_benchmark_is_named(root, field):
         report.main([], root)
 
 
-@pytest.mark.parametrize("field", ("gpu", "commit", "unsupported"))
+@pytest.mark.parametrize("field", ("gpu", "commit", "unsupported", "selection"))
 def test_a_missing_field_of_the_run_is_named(root, field):
     write(root)
     path = root / "bench" / "results" / "gpu.json"
@@ -323,6 +601,12 @@ def test_check_writes_nothing_and_tells(root, drawn, capsys):
     assert report.main(["--check"], root) == 0
     write(root, record("compiled", 20))
     assert report.main(["--check"], root) == 1
+    report.main([], root)
+    capsys.readouterr()
+    path = root / "bench" / "results" / "gpu.md"
+    path.write_text(path.read_text().replace("Made-up", "Real"))
+    assert report.main(["--check"], root) == 1
+    assert capsys.readouterr().err == "bench/results/gpu.md is out of date: run python bench/report.py\n"
     report.main([], root)
     plot = root / "bench" / "results" / "plots" / "scaling-dark.svg"
     plot.write_text(plot.read_text().replace("picoseconds", "femtoseconds"))
@@ -364,10 +648,3 @@ def test_plots_show_the_figures(root, drawn):
         assert f">{text}</text>" in roofline
     assert ">dlu_upsample over compiled</text>" in folder.joinpath("speedup-light.svg").read_text()
     assert ">C 8 s 2 k 5 bfloat16 contiguous</text>" in folder.joinpath("scaling-light.svg").read_text()
-
-
-def test_plots_want_a_series_of_sizes(root, drawn):
-    results = {"machine_info": MACHINE, "benchmarks": [record("triton", 10)], "unsupported": []}
-    root.joinpath("bench", "results", "gpu.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=r"gpu\.json must have dlu_upsample's forward pass at three sizes"):
-        report.main([], root)

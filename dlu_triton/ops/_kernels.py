@@ -122,7 +122,7 @@ def _clamped_coordinate(position, size):
     clamped = tl.where(inside, position, tl.where(position >= limit, limit, 0.0))
     low = tl.floor(clamped)
     fraction = tl.where(position == position, clamped - low, position)
-    low = low.to(tl.int32)
+    low = tl.minimum(low.to(tl.int32), size - 1)  # float32 rounds sizes beyond 2^24, perhaps up
     return low, tl.minimum(low + 1, size - 1), fraction, inside
 
 
@@ -361,13 +361,15 @@ def softmax_backward(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(
+    do_not_specialize=[*_SIZES, *(f"stride_{name}" for name in ("on", "oc", "oh", "ow", "mn", "mg", "mt", "mh", "mw"))]
+)
 def sample_forward(
     space_ptr,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     masks_ptr, stride_mn, stride_mg, stride_mt, stride_mh, stride_mw,
     height, width, tiles_h, tiles_w, groups,
-    SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    TAPS_INNER: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Write the sampled kernels of one output tile and group."""
@@ -381,7 +383,8 @@ def sample_forward(
         image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, False, ACC, INDEX,
     )  # [M, TAPS]  # fmt: skip
     masks_ptr += image * stride_mn + group.to(tl.int64) * stride_mg
-    pixel_offsets = _pixel_offsets(rows, cols, stride_mh, stride_mw, INDEX)
+    pixel_offsets = _pixel_offsets(rows, cols, stride_mh, 1 if TAPS_INNER == "w" else stride_mw, INDEX)
+    stride_mt = 1 if TAPS_INNER == "t" else stride_mt
     _store_taps(masks_ptr, pixel_offsets, stride_mt, taps.to(masks_ptr.dtype.element_ty), valid, KERNEL, TAPS)
 
 
@@ -449,8 +452,9 @@ def _load_window(
 ):  # fmt: skip
     """Features of BLOCK_Q pixels, from `first` on, of the window that starts at (y, x): [Q, C].
 
-    Pixels outside the image are replaced by their nearest neighbours inside, which the window has too: this takes no
-    masks, and the band gives them no weight. ALIGNED rows are read in pairs of columns.
+    Pixels outside the image are replaced by their nearest neighbours inside: this takes no masks, and the band gives
+    them no weight, nor those that follow the window where it fills no whole piece. ALIGNED rows are read in pairs of
+    columns.
     """
     index = first + tl.arange(0, BLOCK_Q)  # [Q]
     # By comparisons, not minima, which would hide from the compiler that neighbours have the same row.
@@ -480,7 +484,7 @@ def _load_window(
 @triton.jit
 def _store_tile(
     output_ptr, values, image, y, x, height, width, channels_in_all, channels, present,
-    CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Outputs [C, M] of the tile at (y, x); `height` and `width` are those of the output, which has no gaps."""
@@ -488,12 +492,14 @@ def _store_tile(
     rows, cols = (y + index // BLOCK_W).to(INDEX), x + index % BLOCK_W
     inside = (rows < height) & (cols < width)
     channels = channels.to(INDEX)[:, None]
-    VECTOR: tl.constexpr = min(128 // values.dtype.primitive_bitwidth, BLOCK_W)
+    # What divides the width: 16 bytes if ALIGNED is 2, else what divides that of every output of an even source.
+    LONGEST: tl.constexpr = 128 // values.dtype.primitive_bitwidth
+    VECTOR: tl.constexpr = min(LONGEST if ALIGNED == 2 else 2 * (SCALE & -SCALE), LONGEST, BLOCK_W)
     if CHANNELS_LAST:
         output_ptr += image * height * width * channels_in_all
         offsets = ((rows * width + cols) * channels_in_all)[None, :] + channels
         tl.store(output_ptr + _unsigned(offsets), values, mask=_both(present, inside))
-    elif ALIGNED:  # runs of 16 bytes are inside or not as a whole
+    elif ALIGNED:  # runs are inside or not as a whole
         inside = (rows < height) & (x // VECTOR + index // VECTOR % (BLOCK_W // VECTOR) < width // VECTOR)
         width = width // VECTOR * VECTOR
         output_ptr += image * channels_in_all * height * width
@@ -545,7 +551,7 @@ def _reassemble_channels(
         _store_tile(
             output_ptr, output.to(output_ptr.dtype.element_ty),
             image, y, x, height * SCALE, width * SCALE, channels_in_all, channels, present,
-            CHANNELS_LAST, ALIGNED, BLOCK_H, BLOCK_W, INDEX,
+            CHANNELS_LAST, ALIGNED, SCALE, BLOCK_H, BLOCK_W, INDEX,
         )  # fmt: skip
 
 
@@ -569,8 +575,8 @@ def reassemble_forward(
 
     INNER and TAPS_INNER name the axis of features and taps whose stride is one ("c" or "w"; "t" or "w"; "" if none is),
     UNIT what divides the other strides of the features, and RUN what divides the channels of a group: facts that hold
-    for all sizes of a model's maps, so that none compiles anything anew. `aligned` is no constant: whether columns can
-    be read in pairs and outputs written 16 bytes at a time.
+    for all sizes of a model's maps, so that none compiles anything anew. `aligned` is no constant: 0, or 1 where
+    columns can be read in pairs, or 2 where moreover outputs can be written 16 bytes at a time.
     """
     # Unsigned, which divides in half the instructions.
     program, parts = tl.program_id(0).to(tl.uint32), (groups * slices).to(tl.uint32)
@@ -595,24 +601,18 @@ def reassemble_forward(
     else:
         rows, cols = rows // SCALE - KERNEL // 2 - window_y, cols // SCALE - KERNEL // 2 - window_x
 
-    if INNER == "w":  # noqa: SIM102, for the other condition is no constant
-        # Two copies of the loop instead of branches inside, which would cost conversions between their layouts.
-        if aligned:
-            _reassemble_channels(
-                features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
-                taps, rows, cols, window_y, window_x, image, group, part, y, x,
-                height, width, groups, channels_per_group, blocks_per_program,
-                INNER, True, UNIT, RUN, CHANNELS_LAST, SCALE, KERNEL, TAPS,
-                BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, INDEX, ACC, OPERAND, PRECISION,
-            )  # fmt: skip
-            return
-    _reassemble_channels(
-        features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
-        taps, rows, cols, window_y, window_x, image, group, part, y, x,
-        height, width, groups, channels_per_group, blocks_per_program,
-        INNER, False, UNIT, RUN, CHANNELS_LAST, SCALE, KERNEL, TAPS,
-        BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, INDEX, ACC, OPERAND, PRECISION,
-    )  # fmt: skip
+    # Copies of the loop instead of branches inside, which would cost conversions between their layouts.
+    SHORT_PAIRS: tl.constexpr = 2 * (SCALE & -SCALE) * output_ptr.dtype.element_ty.primitive_bitwidth < 128
+    for copy in tl.static_range(3 if INNER == "w" else 1):
+        if copy != 1 or SHORT_PAIRS:  # noqa: SIM102, the other condition is no constant
+            if aligned == copy:
+                _reassemble_channels(
+                    features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
+                    taps, rows, cols, window_y, window_x, image, group, part, y, x,
+                    height, width, groups, channels_per_group, blocks_per_program,
+                    INNER, copy, UNIT, RUN, CHANNELS_LAST, SCALE, KERNEL, TAPS,
+                    BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, INDEX, ACC, OPERAND, PRECISION,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -40,18 +40,18 @@ def _forward_launch(
     offsets = offsets[0] if offsets else None
     n, c, h, w = features.shape
     channels_last = _launch.channels_innermost(features)
-    tile = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last)
+    tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last)
     tiles_h, tiles_w = _tiles(output, tile)
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
     slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
     layout = _launch.feature_layout(features)
-    aligned = layout.even and output.shape[3] * output.element_size() % 16 == 0
+    aligned = 0 if not layout.even else 1 if output.shape[3] * output.element_size() % 16 else 2
     arguments = (
         features, *layout.strides,
         *_taps(kernels, offsets, groups),
         *_launch.pointer_and_strides(offsets, 4),
         output,
-        h, w, tiles_h, tiles_w, groups, c // groups, slices, per_program // block, int(aligned),
+        h, w, tiles_h, tiles_w, groups, c // groups, slices, per_program // block, aligned,
     )  # fmt: skip
     constants = dict(
         INNER=layout.INNER, UNIT=layout.UNIT, RUN=math.gcd(c // groups, block), CHANNELS_LAST=channels_last,
@@ -59,7 +59,7 @@ def _forward_launch(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
         **tile._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors),
         ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype, precision),
-        **_launch.options(kernel_size, all_registers=features.dtype == torch.float64),
+        **_launch.options(kernel_size, all_registers=features.dtype == torch.float64) | {"num_warps": warps},
     )  # fmt: skip
     return _launch.Launch(_kernels.reassemble_forward, n * tiles_h * tiles_w * groups * slices, arguments, constants)
 

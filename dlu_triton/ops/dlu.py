@@ -62,14 +62,22 @@ def _softmax_launch(kernel_space: Tensor, space: Tensor, groups: int, kernel_siz
 def _sample(space: Tensor, offsets: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> None:
     """Write the kernels sampled at the offsets into `masks`."""
     if masks.numel():
-        grid, sizes, constants = _sampling_launch(space, offsets, masks, scale_factor, kernel_size)
-        with torch.cuda.device_of(masks):
-            _kernels.sample_forward[grid](
-                space,
-                *_launch.pointer_and_strides(offsets, 4),
-                *_launch.pointer_and_group_strides(masks, space.shape[1]),
-                *sizes, **constants,
-            )  # fmt: skip
+        _launch.launch(_sample_forward_launch, (space, offsets, masks), scale_factor, kernel_size)
+
+
+def _sample_forward_launch(
+    tensors: tuple[Tensor, Tensor, Tensor], scale_factor: int, kernel_size: int
+) -> _launch.Launch:
+    space, offsets, masks = tensors
+    (programs,), sizes, constants = _sampling_launch(space, offsets, masks, scale_factor, kernel_size)
+    arguments = (
+        space,
+        *_launch.pointer_and_strides(offsets, 4),
+        *_launch.pointer_and_group_strides(masks, space.shape[1]),
+        *sizes,
+    )
+    constants |= {"TAPS_INNER": _launch.taps_inner(masks)}
+    return _launch.Launch(_kernels.sample_forward, programs, arguments, constants)
 
 
 def _sample_backward(
