@@ -223,6 +223,12 @@ def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_la
     return Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), warps
 
 
+def runs(scale_factor: int, itemsize: int, block_w: int) -> tuple[int, int]:
+    """Outputs that are written at a time: 16 bytes, and what divides the width of every output of an even source."""
+    long = min(16 // itemsize, block_w)
+    return long, min(2 * (scale_factor & -scale_factor), long)
+
+
 def window(block_h: int, block_w: int, scale_factor: int, kernel_size: int) -> tuple[int, int]:
     """Height and width of what a tile of the forward pass loads."""
     return _reach(block_h, scale_factor, kernel_size), _even_reach(block_w, scale_factor, kernel_size)

@@ -484,17 +484,17 @@ def _load_window(
 @triton.jit
 def _store_tile(
     output_ptr, values, image, y, x, height, width, channels_in_all, channels, present,
-    CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, SCALE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Outputs [C, M] of the tile at (y, x); `height` and `width` are those of the output, which has no gaps."""
+    """Outputs [C, M] of the tile at (y, x); `height` and `width` are those of the output, which has no gaps.
+
+    VECTOR divides the width if it is ALIGNED.
+    """
     index = tl.arange(0, BLOCK_H * BLOCK_W)  # [M]
     rows, cols = (y + index // BLOCK_W).to(INDEX), x + index % BLOCK_W
     inside = (rows < height) & (cols < width)
     channels = channels.to(INDEX)[:, None]
-    # What divides the width: 16 bytes if ALIGNED is 2, else what divides that of every output of an even source.
-    LONGEST: tl.constexpr = 128 // values.dtype.primitive_bitwidth
-    VECTOR: tl.constexpr = min(LONGEST if ALIGNED == 2 else 2 * (SCALE & -SCALE), LONGEST, BLOCK_W)
     if CHANNELS_LAST:
         output_ptr += image * height * width * channels_in_all
         offsets = ((rows * width + cols) * channels_in_all)[None, :] + channels
@@ -520,8 +520,8 @@ def _reassemble_channels(
     INNER: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, LONG_RUN: tl.constexpr, SHORT_RUN: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one tile at (y, x), for the channels of one part of a group."""
     first_channel = part * blocks_per_program * BLOCK_C
@@ -551,7 +551,7 @@ def _reassemble_channels(
         _store_tile(
             output_ptr, output.to(output_ptr.dtype.element_ty),
             image, y, x, height * SCALE, width * SCALE, channels_in_all, channels, present,
-            CHANNELS_LAST, ALIGNED, SCALE, BLOCK_H, BLOCK_W, INDEX,
+            CHANNELS_LAST, ALIGNED, LONG_RUN if ALIGNED == 2 else SHORT_RUN, BLOCK_H, BLOCK_W, INDEX,
         )  # fmt: skip
 
 
@@ -568,15 +568,15 @@ def reassemble_forward(
     INNER: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, LONG_RUN: tl.constexpr, SHORT_RUN: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One output tile, group and slice of channels. The band is built once and serves every channel block.
 
     INNER and TAPS_INNER name the axis of features and taps whose stride is one ("c" or "w"; "t" or "w"; "" if none is),
     UNIT what divides the other strides of the features, and RUN what divides the channels of a group: facts that hold
     for all sizes of a model's maps, so that none compiles anything anew. `aligned` is no constant: 0, or 1 where
-    columns can be read in pairs, or 2 where moreover outputs can be written 16 bytes at a time.
+    columns can be read in pairs, and so outputs written in runs of SHORT_RUN, or 2 where these may be of LONG_RUN.
     """
     # Unsigned, which divides in half the instructions.
     program, parts = tl.program_id(0).to(tl.uint32), (groups * slices).to(tl.uint32)
@@ -602,16 +602,16 @@ def reassemble_forward(
         rows, cols = rows // SCALE - KERNEL // 2 - window_y, cols // SCALE - KERNEL // 2 - window_x
 
     # Copies of the loop instead of branches inside, which would cost conversions between their layouts.
-    SHORT_PAIRS: tl.constexpr = 2 * (SCALE & -SCALE) * output_ptr.dtype.element_ty.primitive_bitwidth < 128
     for copy in tl.static_range(3 if INNER == "w" else 1):
-        if copy != 1 or SHORT_PAIRS:  # noqa: SIM102, the other condition is no constant
+        if copy != 1 or SHORT_RUN < LONG_RUN:  # noqa: SIM102, the other condition is no constant
             if aligned == copy:
                 _reassemble_channels(
                     features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
                     taps, rows, cols, window_y, window_x, image, group, part, y, x,
                     height, width, groups, channels_per_group, blocks_per_program,
                     INNER, copy, UNIT, RUN, CHANNELS_LAST, SCALE, KERNEL, TAPS,
-                    BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, INDEX, ACC, OPERAND, PRECISION,
+                    BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, LONG_RUN, SHORT_RUN,
+                    INDEX, ACC, OPERAND, PRECISION,
                 )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def _forward_launch(
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
     slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
     layout = _launch.feature_layout(features)
-    aligned = 0 if not layout.even else 1 if output.shape[3] * output.element_size() % 16 else 2
+    long_run, short_run = _launch.runs(scale_factor, features.dtype.itemsize, tile.BLOCK_W)
+    aligned = 0 if not layout.even else 1 if output.shape[3] % long_run else 2
     arguments = (
         features, *layout.strides,
         *_taps(kernels, offsets, groups),
@@ -57,7 +58,7 @@ def _forward_launch(
         INNER=layout.INNER, UNIT=layout.UNIT, RUN=math.gcd(c // groups, block), CHANNELS_LAST=channels_last,
         TAPS_INNER="" if offsets is not None else _launch.taps_inner(kernels), LOGITS=logits,
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-        **tile._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors),
+        **tile._asdict(), BLOCK_C=block, LONG_RUN=long_run, SHORT_RUN=short_run, INDEX=_launch.index_dtype(*tensors),
         ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype, precision),
         **_launch.options(kernel_size, all_registers=features.dtype == torch.float64) | {"num_warps": warps},
     )  # fmt: skip
