@@ -299,6 +299,20 @@ def test_hostile_offset(value, library, device):
     assert grad_offsets[0, 0, 1, 2] == 0
 
 
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+def test_nan_offset_reaches_only_the_features_it_weighs(library, device):
+    """The 3 x 3 pixels around that of the output, not the whole tile."""
+    case = Case("", channels=3, height=6, width=8, kernel_size=3)
+    arguments = _verify.inputs("dlu_upsample", case, torch.float32, device)
+    grad_output = arguments.pop("grad_output")
+    arguments["offsets"][0, 0, 2, 4] = float("nan")  # dx of output pixel (4, 8)
+    features = arguments["features"].requires_grad_()
+    (gradient,) = torch.autograd.grad(library.dlu_upsample(*arguments.values(), 2, 3), features, grad_output)
+    expected = torch.zeros(1, 3, 6, 8, dtype=torch.bool, device=device)
+    expected[:, :, 1:4, 3:6] = True
+    assert torch.equal(gradient.isnan(), expected)
+
+
 def test_far_coordinates_keep_their_fraction_in_half_precision(device):
     """In bfloat16 a coordinate near 336 would be off by more than a pixel."""
     width = 340
