@@ -20,7 +20,7 @@ so no value of an input can lead outside.
 import triton
 import triton.language as tl
 
-# Arguments that vary from call to call select no new compilation. Other strides do, by their alignment to 16.
+# Arguments that vary from call to call select no new compilation; strides do, by their alignment, where not listed too.
 _SIZES = ["height", "width", "tiles_h", "tiles_w", "groups", "slices", "blocks", "blocks_per_program"]
 
 
@@ -279,16 +279,16 @@ def _tf32_parts(x):
 
 @triton.jit
 def _multiply_add(a, b, c, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ b + c. "tf32x3" is three TF32 products and as accurate as float32; Triton's own form of it takes twice the
-    instructions, to keep an infinite operand apart from others, which the zeros of a band prevent anyway."""
-    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+    """a @ b + c. "tf32x3", of float32, is three TF32 products and as accurate as float32; Triton's own form of it takes
+    more instructions, to keep an infinite operand apart from others, which the zeros of a band prevent anyway."""
+    if PRECISION == "tf32x3":
         a_high, a_low = _tf32_parts(a)
         b_high, b_low = _tf32_parts(b)
         c = tl.dot(a_low, b_high, c, input_precision="tf32", out_dtype=ACC)
         c = tl.dot(a_high, b_low, c, input_precision="tf32", out_dtype=ACC)
         c = tl.dot(a_high, b_high, c, input_precision="tf32", out_dtype=ACC)
     else:
-        c = tl.dot(a, b, c, input_precision="ieee" if PRECISION == "tf32x3" else PRECISION, out_dtype=ACC)
+        c = tl.dot(a, b, c, input_precision=PRECISION, out_dtype=ACC)
     return c
 
 
@@ -489,26 +489,23 @@ def _store_tile(
 ):  # fmt: skip
     """Outputs [C, M] of the tile at (y, x); `height` and `width` are those of the output, which has no gaps.
 
-    VECTOR divides the width if it is ALIGNED.
+    VECTOR divides the width if it is ALIGNED, which outputs with channels last never are.
     """
     index = tl.arange(0, BLOCK_H * BLOCK_W)  # [M]
     rows, cols = (y + index // BLOCK_W).to(INDEX), x + index % BLOCK_W
-    inside = (rows < height) & (cols < width)
     channels = channels.to(INDEX)[:, None]
-    if CHANNELS_LAST:
-        output_ptr += image * height * width * channels_in_all
-        offsets = ((rows * width + cols) * channels_in_all)[None, :] + channels
-        tl.store(output_ptr + _unsigned(offsets), values, mask=_both(present, inside))
-    elif ALIGNED:  # runs are inside or not as a whole
+    if ALIGNED:  # runs are inside or not as a whole
         inside = (rows < height) & (x // VECTOR + index // VECTOR % (BLOCK_W // VECTOR) < width // VECTOR)
         width = width // VECTOR * VECTOR
-        output_ptr += image * channels_in_all * height * width
-        offsets = (rows * width + cols)[None, :] + channels * (height.to(INDEX) * width)
-        tl.store(output_ptr + _unsigned(offsets), values, mask=_both(present, inside))
     else:
-        output_ptr += image * channels_in_all * height * width
-        offsets = (rows * width + cols)[None, :] + channels * (height.to(INDEX) * width)
-        tl.store(output_ptr + _unsigned(offsets), values, mask=_both(present, inside))
+        inside = (rows < height) & (cols < width)
+    pixels = rows * width + cols  # [M]
+    if CHANNELS_LAST:
+        offsets = (pixels * channels_in_all)[None, :] + channels
+    else:
+        offsets = pixels[None, :] + channels * (height.to(INDEX) * width)
+    output_ptr += image * channels_in_all * height * width
+    tl.store(output_ptr + _unsigned(offsets), values, mask=_both(present, inside))
 
 
 @triton.jit
