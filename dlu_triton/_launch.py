@@ -20,9 +20,6 @@ ENOUGH_PROGRAMS = 1024
 # Beyond, kernels compute with 64 bits; a tile may reach a little past an image, in offsets that are masked.
 MOST_32_BIT_OFFSETS = 2**31 - 2**24
 
-# Source pixels, per axis, that one program of the feature gradient owns.
-SOURCE_TILE = 8
-
 _TRITON = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -132,6 +129,11 @@ def accumulator(dtype: torch.dtype) -> dict[str, Any]:
     return {"ACC": triton_dtype(sum_dtype(dtype))}
 
 
+def sum_precision(dtype: torch.dtype) -> str:
+    """How products are computed that only add up numbers of type `sum_dtype(dtype)`, whatever the user's settings."""
+    return "ieee" if torch.version.hip is not None or dtype == torch.float64 else "tf32x3"
+
+
 def product_types(dtype: torch.dtype, precision: str) -> dict[str, Any]:
     """Types of a matrix product on features of this dtype.
 
@@ -188,9 +190,15 @@ def options(kernel_size: int, outputs: int = 0, *, all_registers: bool = False) 
     return {"num_warps": warps, "num_stages": 1, **(most_registers() if all_registers else {})}
 
 
-def most_registers() -> dict[str, int]:
-    """Lets ptxas take all registers: left to itself, it spills a few of some kernels for occupancy."""
-    return {"maxnreg": 255} if torch.version.hip is None else {}
+def most_registers(number: int = 255) -> dict[str, int]:
+    """Lets ptxas take so many registers: left to itself, it spills a few of some kernels for occupancy."""
+    return {"maxnreg": number} if torch.version.hip is None else {}
+
+
+def sampling_registers(dtype: torch.dtype, kernel_size: int) -> dict[str, int]:
+    """The same for the adjoint of sampling, which takes more of them than the product before it: as many as leave room
+    for three programs of four warps on an SM, where these are enough."""
+    return most_registers(168 if dtype != torch.float64 and kernel_size <= 5 else 255)
 
 
 # Outputs of a forward program, window pixels of a product, and warps, for kernels of 5 x 5: by itemsize, whether
@@ -216,9 +224,7 @@ def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_la
     """Tile and warps of the forward pass. Windows start at even columns and are even in width, to load pairs."""
     entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
     if entry is None:
-        tile = output_tile(scale_factor, kernel_size, itemsize)
-        height, width = window(tile.BLOCK_H, tile.BLOCK_W, scale_factor, kernel_size)
-        entry = (tile.BLOCK_H, tile.BLOCK_W, _piece(height * width, itemsize), options(kernel_size)["num_warps"])
+        return output_tile(scale_factor, kernel_size, itemsize), options(kernel_size)["num_warps"]
     block_h, block_w, block_q, warps = entry
     return Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), warps
 
@@ -230,7 +236,7 @@ def runs(scale_factor: int, itemsize: int, block_w: int) -> tuple[int, int]:
 
 
 def window(block_h: int, block_w: int, scale_factor: int, kernel_size: int) -> tuple[int, int]:
-    """Height and width of what a tile of the forward pass loads."""
+    """Height and width of what a tile of outputs loads."""
     return _reach(block_h, scale_factor, kernel_size), _even_reach(block_w, scale_factor, kernel_size)
 
 
@@ -247,7 +253,7 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     for block_h in (2, 4, 8, 16):
         for block_w in (4, 8, 16):
             if 16 <= block_h * block_w <= most:
-                window_h, window_w = (_reach(block, scale_factor, kernel_size) for block in (block_h, block_w))
+                window_h, window_w = window(block_h, block_w, scale_factor, kernel_size)
                 tiles.append(Tile(block_h, block_w, window_h, window_w, _piece(window_h * window_w, itemsize)))
 
     def cost(tile: Tile) -> float:
@@ -258,17 +264,55 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
 
 
+def cells(tile: Tile, scale_factor: int) -> dict[str, int]:
+    """The window of the kernel space in which a tile's gradients are summed before they are added: two cells beyond the
+    tile to each side, but no more than 8 x 8."""
+    height, width = (min(8, power_of_2(cdiv(block, scale_factor) + 4)) for block in (tile.BLOCK_H, tile.BLOCK_W))
+    return {"CELLS_H": height, "CELLS_W": width}
+
+
+class Strip(NamedTuple):
+    """Source pixels that a program of the feature gradient finishes in each step, and the pieces in which it takes the
+    outputs that reach them."""
+
+    STEP_H: int
+    STRIP_W: int
+    BLOCK_H: int
+    BLOCK_W: int
+    PIECES_H: int
+    PIECES_W: int
+
+
 @cache
-def gather_tile(scale_factor: int, kernel_size: int, itemsize: int) -> tuple[int, int]:
-    """Outputs that the feature gradient of a SOURCE_TILE takes at a time: few turns, little beyond its reach."""
-    span = scale_factor * (SOURCE_TILE + kernel_size - 1)
-    tiles = [(4, 4), (2, 8), (4, 8), (2, 16)]
+def gather_strip(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> Strip:
+    """A step's rows are all that a kernel reaches to either side of it. Few pieces, with little beyond that reach, and
+    in NCHW few rows, each of which is a cache line for every channel."""
+    step_h = max(4, power_of_2(2 * (kernel_size // 2)))
+    strip_w = max(4, (16 if itemsize == 8 else 32) // step_h)
+    span_h, span_w = scale_factor * step_h, scale_factor * (strip_w + kernel_size - 1)
+    most = min(64 if itemsize == 2 else 32, _most_outputs(kernel_size, itemsize))
+    strips = [
+        Strip(step_h, strip_w, block_h, block_w, span_h // block_h, cdiv(span_w, block_w))
+        for block_h in (1, 2, 4, 8)
+        for block_w in (4, 8, 16, 32)
+        if 16 <= block_h * block_w <= most and span_h % block_h == 0
+    ]
 
-    def cost(tile: tuple[int, int]) -> float:
-        covered = math.prod(cdiv(span, block) * block for block in tile)
-        return covered * (1 + 8 / math.prod(tile))
+    def cost(strip: Strip) -> tuple[float, int]:
+        outputs = strip.BLOCK_H * strip.BLOCK_W
+        rows = 0 if channels_last else strip.BLOCK_H
+        return strip.PIECES_H * strip.PIECES_W * (outputs + 16 + 16 * rows), -strip.BLOCK_W
 
-    return min((tile for tile in tiles if math.prod(tile) <= _most_outputs(kernel_size, itemsize)), key=cost)
+    return min(strips, key=cost)
+
+
+def gather_channels(dtype: torch.dtype, channels_per_group: int, programs: int) -> tuple[int, int]:
+    """Channels and warps of a program of the feature gradient: all of a group where that leaves enough programs, as
+    each program makes the kernels again."""
+    block = channel_block(dtype, channels_per_group, {2: 256, 4: 256, 8: 16}[dtype.itemsize])
+    while block > 64 and programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4:
+        block //= 2
+    return block, 8 if block > 128 else 4
 
 
 def _most_outputs(kernel_size: int, itemsize: int) -> int:
@@ -366,11 +410,18 @@ def channels_innermost(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and tensor.stride(3) != 1
 
 
-def new_space(kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.dtype, *, zero: bool = False) -> Tensor:
-    """Storage for normalised kernels or their gradient: (N, G, H, W, taps), the taps padded."""
+def new_space(kernel_space: Tensor, groups: int, kernel_size: int) -> Tensor:
+    """Storage for normalised kernels: (N, G, H, W, taps), the taps padded."""
     n, _, h, w = kernel_space.shape
-    make = torch.zeros if zero else torch.empty
-    return make((n, groups, h, w, padded_taps(kernel_size)), dtype=dtype, device=kernel_space.device)
+    shape, dtype = (n, groups, h, w, padded_taps(kernel_size)), space_dtype(kernel_space.dtype)
+    return torch.empty(shape, dtype=dtype, device=kernel_space.device)
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, inside: Tensor | None) -> Tensor:
+    """Uninitialised memory: that of `inside`, which is yet to be written, if it is enough."""
+    if inside is not None and inside.untyped_storage().nbytes() >= math.prod(shape) * dtype.itemsize:
+        return torch.empty(0, dtype=dtype, device=device).set_(inside.untyped_storage(), 0, shape)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def index_dtype(*tensors: Tensor | None) -> tl.dtype:
@@ -405,8 +456,32 @@ def feature_layout(features: Tensor) -> FeatureLayout:
     return FeatureLayout("", 1, (n, c, h, w), False)
 
 
-def taps_inner(kernels: Tensor) -> str:
+class MapLayout(NamedTuple):
+    """The axis of a map (N, C, y, x) whose stride is one ("c" or "w", "" if none is), what divides the other strides
+    and the runs along it, at most 16 bytes, and these strides in such units."""
+
+    INNER: str
+    UNIT: int
+    strides: tuple[int, ...]
+
+
+def map_layout(tensor: Tensor, longest: int = 16) -> MapLayout:
+    """`longest`, a power of two, bounds the elements of a run."""
+    n, c, h, w = tensor.stride()
+    most = min(16 // tensor.element_size(), longest)
+    if channels_innermost(tensor):
+        unit = math.gcd(n, h, w, most)
+        return MapLayout("c", unit, (n // unit, c, h // unit, w // unit))
+    if w == 1:
+        unit = math.gcd(n, c, h, tensor.shape[3], most)
+        return MapLayout("w", unit, (n // unit, c // unit, h // unit, w))
+    return MapLayout("", 1, (n, c, h, w))
+
+
+def taps_inner(kernels: Tensor | None) -> str:
     """Which axis of masks or logits (N, taps, y, x) has stride one, if it is taps or x."""
+    if kernels is None:
+        return ""
     return "w" if kernels.stride(3) == 1 else "t" if kernels.stride(1) == 1 else ""
 
 

@@ -241,21 +241,6 @@ def test_double_backward_fails_loudly(operator, device):
         gradient.sum().backward()
 
 
-def test_deterministic_mode_is_told(device):
-    case = Case("", channels=2, height=2, width=2, kernel_size=1)
-    arguments = _verify.inputs("dlu_upsample", case, torch.float32, device)
-    call = _verify.function("dlu_upsample", case, eager=False)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="gradient of kernel_space has no deterministic implementation"):
-            _verify.results(call, arguments)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="no deterministic implementation"):
-            _verify.results(call, arguments)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Edges
 # ---------------------------------------------------------------------------------------------------------------

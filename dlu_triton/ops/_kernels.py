@@ -43,16 +43,6 @@ def _tile_pixels(y, x, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _window_pixels(y, x, first, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, BLOCK_Q: tl.constexpr, height, width):
-    """Rows, columns and validity of BLOCK_Q pixels, from `first` on, of the window that starts at pixel (y, x)."""
-    index = first + tl.arange(0, BLOCK_Q)  # [Q]
-    rows = y + index // WINDOW_W
-    cols = x + index % WINDOW_W
-    valid = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width) & (index < WINDOW_H * WINDOW_W)
-    return rows, cols, valid
-
-
-@triton.jit
 def _pixel_offsets(rows, cols, stride_h, stride_w, INDEX: tl.constexpr):
     return rows.to(INDEX) * stride_h + cols.to(INDEX) * stride_w
 
@@ -61,6 +51,12 @@ def _pixel_offsets(rows, cols, stride_h, stride_w, INDEX: tl.constexpr):
 def _unsigned(offsets):
     """Offsets are never negative where they are used; unsigned ones take fewer instructions to become addresses."""
     return offsets.to(tl.uint32) if offsets.dtype == tl.int32 else offsets
+
+
+@triton.jit
+def _load(pointers, mask):
+    """`mask` is None where all is present."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,9 +70,8 @@ def _load_taps(
 ):  # fmt: skip
     """k*k taps at each pixel, zero beyond: [M, TAPS]."""
     taps = tl.arange(0, TAPS)
-    mask = valid[:, None] & (taps < KERNEL * KERNEL)[None, :]
     offsets = pixel_offsets[:, None] + taps.to(pixel_offsets.dtype)[None, :] * stride_t
-    return tl.load(plane_ptr + _unsigned(offsets), mask=mask, other=0.0).to(ACC)
+    return _load(plane_ptr + _unsigned(offsets), _both(valid, taps < KERNEL * KERNEL)).to(ACC)
 
 
 @triton.jit
@@ -147,8 +142,8 @@ def _sampling_point(
     dx_ptrs, dy_ptrs = _offset_pointers(
         offsets_ptr, stride_n, stride_c, stride_h, stride_w, image, group, rows, cols, SCALE, INDEX
     )
-    dx = tl.load(dx_ptrs, mask=valid, other=0.0).to(ACC)
-    dy = tl.load(dy_ptrs, mask=valid, other=0.0).to(ACC)
+    dx = _load(dx_ptrs, valid).to(ACC)
+    dy = _load(dy_ptrs, valid).to(ACC)
     y0, y1, fy, moves_y = _clamped_coordinate((rows // SCALE).to(ACC) + dy, height)
     x0, x1, fx, moves_x = _clamped_coordinate((cols // SCALE).to(ACC) + dx, width)
     return y0, y1, x0, x1, fy, fx, moves_y, moves_x
@@ -213,9 +208,53 @@ def _taps(
 
 
 @triton.jit
-def _scatter_corner(plane_ptr, y, x, width, grad, mask, TAPS: tl.constexpr, INDEX: tl.constexpr):
-    """Atomic, into zeros: offsets are unbounded, so any output may reach any cell."""
-    tl.atomic_add(plane_ptr + _cell_offsets(y, x, width, TAPS, INDEX), grad, mask=mask, sem="relaxed")
+def _once(x):
+    """x, computed once and exchanged between threads, where the compiler would compute it again in each layout."""
+    return tl.reshape(tl.cumsum(tl.reshape(x, [x.shape[0], 1]), axis=1), [x.shape[0]])
+
+
+@triton.jit
+def _fixed_point_scale(largest, count_bits):
+    """Powers of two, one the inverse of the other, by which gradients become 64-bit integers and sums of these again
+    gradients: the sum of 2^count_bits numbers, none beyond `largest`, times their weights in [0, 1], stays below 2^62.
+    The inverse is NaN where `largest` is not finite.
+    """
+    if largest.dtype == tl.float64:
+        BITS: tl.constexpr = tl.int64
+        MANTISSA: tl.constexpr = 52
+        BIAS: tl.constexpr = 1023
+    else:
+        BITS: tl.constexpr = tl.int32
+        MANTISSA: tl.constexpr = 23
+        BIAS: tl.constexpr = 127
+    field = (largest.to(BITS, bitcast=True) >> MANTISSA) & (2 * BIAS + 1)  # 2^(field - BIAS) <= largest, and not twice
+    power = tl.minimum(61 - count_bits + BIAS - 1 - field, BIAS - 1)
+    scale = ((power + BIAS) << MANTISSA).to(largest.dtype, bitcast=True)
+    inverse = ((BIAS - power) << MANTISSA).to(largest.dtype, bitcast=True)
+    return scale, tl.where(field == 2 * BIAS + 1, float("nan"), inverse)
+
+
+@triton.jit
+def _add_to_cells(
+    plane_ptr, y, x, height, width, gradients, present, scale, count_bits,
+    KERNEL: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Add gradients [P, TAPS] to the kernels at (y, x), by atomic additions into zeros: offsets are unbounded, so any
+    output may reach any cell. As integers, whose sums do not depend on their order, where the plane holds these.
+    """
+    offsets = _cell_offsets(y, x, width, TAPS, INDEX)
+    fours = tl.arange(0, TAPS) // 4 < (KERNEL * KERNEL + 3) // 4  # as many as sm_90 adds at a time
+    mask = present[:, None] & fours[None, :]
+    if plane_ptr.dtype.element_ty == tl.int64:
+        gradients = gradients * scale
+        whole = gradients.to(tl.int64)
+        tl.atomic_add(plane_ptr + offsets, whole, mask=mask, sem="relaxed")
+        if gradients.dtype == tl.float64:  # what 62 bits leave of 53 and the largest's distance
+            rest = (gradients - whole.to(tl.float64)) * (tl.full([], 1, tl.int64) << (61 - count_bits)).to(tl.float64)
+            plane_ptr += height.to(tl.int64) * width * TAPS
+            tl.atomic_add(plane_ptr + offsets, rest.to(tl.int64), mask=mask, sem="relaxed")
+    else:
+        tl.atomic_add(plane_ptr + offsets, gradients, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -223,12 +262,13 @@ def _sampling_adjoint(
     grad_taps,  # [M, TAPS]
     space_ptr,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-    grad_space_ptr,  # laid out as the kernel space; None when it is not asked for
-    grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,  # likewise
-    image, group, groups, rows, cols, valid, height, width,
-    SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    grad_space_ptr, largest_ptr, count_bits,  # None when not asked for; see `_fixed_point_scale` for the last two
+    grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,  # None when they are not asked for
+    image, group, groups, y, x, rows, cols, valid, height, width,
+    SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    CELLS_H: tl.constexpr, CELLS_W: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scatter the gradient of sampled taps into the kernel space, and store that of the offsets."""
+    """Add the gradient of a tile's sampled taps to that of the kernel space, and store that of the offsets."""
     y0, y1, x0, x1, fy, fx, moves_y, moves_x = _sampling_point(
         offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
         image, group, rows, cols, valid, height, width, SCALE, ACC, INDEX,
@@ -247,14 +287,67 @@ def _sampling_adjoint(
         grad_dy = tl.where(moves_y, (c10 - c00) * (1 - fx) + (c11 - c01) * fx, 0.0)
         tl.store(dx_ptrs, grad_dx.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
         tl.store(dy_ptrs, grad_dy.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
+        probe = c00
+    else:
+        probe = tl.sum(grad_taps, axis=1)
     if grad_space_ptr is not None:
-        plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
-        mask = valid[:, None] & (tl.arange(0, TAPS) < KERNEL * KERNEL)[None, :]
-        w00, w01, w10, w11 = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
-        _scatter_corner(plane_ptr, y0, x0, width, grad_taps * w00[:, None], mask, TAPS, INDEX)
-        _scatter_corner(plane_ptr, y0, x1, width, grad_taps * w01[:, None], mask, TAPS, INDEX)
-        _scatter_corner(plane_ptr, y1, x0, width, grad_taps * w10[:, None], mask, TAPS, INDEX)
-        _scatter_corner(plane_ptr, y1, x1, width, grad_taps * w11[:, None], mask, TAPS, INDEX)
+        y0, x0, fy, fx = _once(y0), _once(x0), _once(fy), _once(fx)
+        y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
+        plane_ptr, scale = grad_space_ptr, None
+        if largest_ptr is None:
+            plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
+        else:
+            LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
+            plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
+            largest_ptr += image * groups + group
+            scale, _ = _fixed_point_scale(tl.load(largest_ptr), count_bits)
+            tl.store(
+                largest_ptr, float("nan"), mask=tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int32), axis=0) > 0
+            )
+        # A window of cells around the tile: where no point leaves it, a matrix product sums the tile's gradients, and
+        # each cell takes one addition instead of four for each output.
+        window_y = y // SCALE - (CELLS_H - BLOCK_H // SCALE) // 2
+        window_x = x // SCALE - (CELLS_W - BLOCK_W // SCALE) // 2
+        inside = (y0 >= window_y) & (y1 < window_y + CELLS_H) & (x0 >= window_x) & (x1 < window_x + CELLS_W)
+        inside &= (fy == fy) & (fx == fx) & (tl.abs(probe) < float("inf"))  # zeros of the product would spread others
+        if tl.min((inside | ~valid).to(tl.int32), axis=0) > 0:
+            cells_y = (window_y + tl.arange(0, CELLS_H))[:, None]
+            cells_x = (window_x + tl.arange(0, CELLS_W))[:, None]
+            weights_y = tl.where(
+                cells_y == y0[None, :], 1 - fy[None, :], tl.where(cells_y == y1[None, :], fy[None, :], 0)
+            )
+            weights_x = tl.where(
+                cells_x == x0[None, :], 1 - fx[None, :], tl.where(cells_x == x1[None, :], fx[None, :], 0)
+            )
+            weights = weights_y[:, None, :] * weights_x[None, :, :]
+            weights = tl.reshape(weights, [CELLS_H * CELLS_W, BLOCK_H * BLOCK_W])  # [Q, M]
+            sums = tl.zeros([CELLS_H * CELLS_W, TAPS], ACC)
+            sums = _multiply_add(weights, grad_taps, sums, PRECISION, ACC)  # [Q, TAPS]
+            cells = tl.arange(0, CELLS_H * CELLS_W)
+            cells_y, cells_x = window_y + cells // CELLS_W, window_x + cells % CELLS_W
+            touched = (tl.sum(weights, axis=1) != 0) & (cells_y >= 0) & (cells_y < height)
+            touched &= (cells_x >= 0) & (cells_x < width)
+            _add_to_cells(
+                plane_ptr, cells_y, cells_x, height, width, sums, touched, scale, count_bits, KERNEL, TAPS, INDEX
+            )
+        else:
+            w00, w01, w10, w11 = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
+            _add_to_cells(
+                plane_ptr, y0, x0, height, width, grad_taps * w00[:, None], valid, scale, count_bits,
+                KERNEL, TAPS, INDEX,
+            )  # fmt: skip
+            _add_to_cells(
+                plane_ptr, y0, x1, height, width, grad_taps * w01[:, None], valid, scale, count_bits,
+                KERNEL, TAPS, INDEX,
+            )  # fmt: skip
+            _add_to_cells(
+                plane_ptr, y1, x0, height, width, grad_taps * w10[:, None], valid, scale, count_bits,
+                KERNEL, TAPS, INDEX,
+            )  # fmt: skip
+            _add_to_cells(
+                plane_ptr, y1, x1, height, width, grad_taps * w11[:, None], valid, scale, count_bits,
+                KERNEL, TAPS, INDEX,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -313,6 +406,7 @@ def _plane_offsets(pixels, stride_h, stride_w, width, INDEX: tl.constexpr):
 def softmax_forward(
     logits_ptr, stride_ln, stride_lg, stride_lt, stride_lh, stride_lw,
     space_ptr,
+    zeros_ptr,  # None, or what gradients of as many kernels will be added to
     height, width, groups, blocks,
     TAPS_INNER: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr,
@@ -330,15 +424,25 @@ def softmax_forward(
     space_offsets = _unsigned(pixels[:, None] * TAPS + tl.arange(0, TAPS)[None, :])
     space = _softmax(logits, KERNEL, TAPS).to(space_ptr.dtype.element_ty)  # [P, TAPS]
     tl.store(space_ptr + space_offsets, space, mask=valid[:, None])
+    if zeros_ptr is not None:
+        zeros = tl.zeros([BLOCK_P, TAPS], zeros_ptr.dtype.element_ty)
+        LIMBS: tl.constexpr = 2 if zeros_ptr.dtype.element_ty == tl.int64 and ACC == tl.float64 else 1
+        zeros_ptr = _space_plane(zeros_ptr, image, group, groups, height, width, LIMBS * TAPS)
+        for _ in tl.static_range(LIMBS):
+            tl.store(zeros_ptr + space_offsets, zeros, mask=valid[:, None])
+            zeros_ptr += height.to(tl.int64) * width * TAPS
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[
+    *_SIZES, "count_bits", *(f"stride_{name}" for name in ("ln", "lg", "lt", "lh", "lw", "gn", "gg", "gt", "gh", "gw"))
+])  # fmt: skip
 def softmax_backward(
     logits_ptr, stride_ln, stride_lg, stride_lt, stride_lh, stride_lw,
-    grad_space_ptr,
+    grad_space_ptr, largest_ptr, count_bits,  # None, or integers as `_fixed_point_scale` has them
     grad_logits_ptr, stride_gn, stride_gg, stride_gt, stride_gh, stride_gw,
     height, width, groups, blocks,
-    KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    TAPS_INNER: tl.constexpr, GRAD_TAPS_INNER: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the normalised kernels -> gradient of the logits, whose softmax is computed again."""
     block, plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -346,13 +450,28 @@ def softmax_backward(
     pixels = block.to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
     valid = pixels < height.to(INDEX) * width
     logits_ptr += image * stride_ln + group * stride_lg
-    offsets = _plane_offsets(pixels, stride_lh, stride_lw, width, INDEX)
+    offsets = _plane_offsets(pixels, stride_lh, 1 if TAPS_INNER == "w" else stride_lw, width, INDEX)
+    stride_lt = 1 if TAPS_INNER == "t" else stride_lt
     space = _softmax(_load_taps(logits_ptr, offsets, stride_lt, valid, KERNEL, TAPS, ACC), KERNEL, TAPS)  # [P, TAPS]
-    grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
-    grad = _load_taps(grad_space_ptr, pixels * TAPS, 1, valid, KERNEL, TAPS, ACC)  # [P, TAPS]
+    space_offsets = _unsigned(pixels[:, None] * TAPS + tl.arange(0, TAPS)[None, :])
+    if largest_ptr is None:
+        grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
+        grad = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0.0)  # [P, TAPS]
+    else:
+        _, inverse = _fixed_point_scale(tl.load(largest_ptr + plane), count_bits)
+        LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
+        grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
+        grad = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0).to(ACC)  # [P, TAPS]
+        if LIMBS == 2:
+            grad_space_ptr += height.to(tl.int64) * width * TAPS
+            rest = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0).to(ACC)
+            grad += rest / (tl.full([], 1, tl.int64) << (61 - count_bits)).to(ACC)
+        grad *= inverse
+    grad = tl.where((tl.arange(0, TAPS) < KERNEL * KERNEL)[None, :], grad, 0.0)
     grad = _softmax_adjoint(space, grad).to(grad_logits_ptr.dtype.element_ty)
     grad_logits_ptr += image * stride_gn + group * stride_gg
-    offsets = _plane_offsets(pixels, stride_gh, stride_gw, width, INDEX)
+    offsets = _plane_offsets(pixels, stride_gh, 1 if GRAD_TAPS_INNER == "w" else stride_gw, width, INDEX)
+    stride_gt = 1 if GRAD_TAPS_INNER == "t" else stride_gt
     _store_taps(grad_logits_ptr, offsets, stride_gt, grad, valid, KERNEL, TAPS)
 
 
@@ -388,31 +507,38 @@ def sample_forward(
     _store_taps(masks_ptr, pixel_offsets, stride_mt, taps.to(masks_ptr.dtype.element_ty), valid, KERNEL, TAPS)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[
+    *_SIZES, "count_bits",
+    *(f"stride_{name}" for name in ("mn", "mg", "mt", "mh", "mw", "on", "oc", "oh", "ow", "gn", "gc", "gh", "gw")),
+])  # fmt: skip
 def sample_backward(
     grad_masks_ptr, stride_mn, stride_mg, stride_mt, stride_mh, stride_mw,
     space_ptr,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-    grad_space_ptr,
+    grad_space_ptr, largest_ptr, count_bits,
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
     height, width, tiles_h, tiles_w, groups,
-    SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
+    TAPS_INNER: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sampled kernels -> gradients of the normalised kernel space and of the offsets."""
     group = tl.program_id(0) % groups
     image, tile_y, tile_x = _unravel(tl.program_id(0) // groups, tiles_h, tiles_w)
-    rows, cols = _tile_pixels(tile_y * BLOCK_H, tile_x * BLOCK_W, BLOCK_H, BLOCK_W)  # [M]
+    y, x = tile_y * BLOCK_H, tile_x * BLOCK_W
+    rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
     valid = (rows < height * SCALE) & (cols < width * SCALE)
     grad_masks_ptr += image * stride_mn + group.to(tl.int64) * stride_mg
-    pixel_offsets = _pixel_offsets(rows, cols, stride_mh, stride_mw, INDEX)
+    pixel_offsets = _pixel_offsets(rows, cols, stride_mh, 1 if TAPS_INNER == "w" else stride_mw, INDEX)
+    stride_mt = 1 if TAPS_INNER == "t" else stride_mt
     _sampling_adjoint(
         _load_taps(grad_masks_ptr, pixel_offsets, stride_mt, valid, KERNEL, TAPS, ACC),
         space_ptr,
         offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-        grad_space_ptr,
+        grad_space_ptr, largest_ptr, count_bits,
         grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
-        image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, ACC, INDEX,
+        image, group, groups, y, x, rows, cols, valid, height, width,
+        SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS_H, CELLS_W, ACC, INDEX, SUM_PRECISION,
     )  # fmt: skip
 
 
@@ -425,22 +551,12 @@ def sample_backward(
 def _both(first, second):
     """The mask [A, B] of two masks [A] and [B], either of which is None where all is present."""
     if first is None:
-        mask = second[None, :]
+        mask = None if second is None else second[None, :]
     elif second is None:
         mask = first[:, None]
     else:
         mask = first[:, None] & second[None, :]
     return mask
-
-
-@triton.jit
-def _load_present(ptr, offsets, present):
-    """`present` [C] is None where all channels are."""
-    if present is None:
-        values = tl.load(ptr + _unsigned(offsets))
-    else:
-        values = tl.load(ptr + _unsigned(offsets), mask=present[None, :], other=0.0)
-    return values
 
 
 @triton.jit
@@ -465,19 +581,26 @@ def _load_window(
     inside = tl.where(cols < 0, 0, tl.where(cols < width, cols, width - 1)).to(INDEX)
     if INNER == "c":
         offsets = ((rows * stride_h + inside * stride_w) * UNIT)[:, None] + channels
-        features = _load_present(features_ptr + image * stride_n * UNIT, offsets, present)
+        features = _load(
+            features_ptr + image * stride_n * UNIT + _unsigned(offsets), None if present is None else present[None, :]
+        )
     elif INNER == "w" and ALIGNED:
         pairs, last = x // 2 + index // 2 % (WINDOW_W // 2), width // 2 - 1
         shift = tl.where(pairs < 0, -2 * pairs, tl.where(pairs < last, 0, 2 * (last - pairs)))
         offsets = (rows * (stride_h // 2 * 2) + cols + shift)[:, None] + channels * (stride_c // 2 * 2)
-        features = _load_present(features_ptr + image * (stride_n // 2 * 2), offsets, present)
+        features = _load(
+            features_ptr + image * (stride_n // 2 * 2) + _unsigned(offsets),
+            None if present is None else present[None, :],
+        )
     elif INNER == "w":  # masks here: from clamped columns the compiler would not see that neighbours are neighbours
         offsets = (rows * stride_h + cols)[:, None] + channels * stride_c
         mask = _both((cols >= 0) & (cols < width), present)
         features = tl.load(features_ptr + image * stride_n + offsets, mask=mask, other=0.0)
     else:
         offsets = (rows * stride_h + inside * stride_w)[:, None] + channels * stride_c
-        features = _load_present(features_ptr + image * stride_n, offsets, present)
+        features = _load(
+            features_ptr + image * stride_n + _unsigned(offsets), None if present is None else present[None, :]
+        )
     return features
 
 
@@ -612,126 +735,261 @@ def reassemble_forward(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def reassemble_backward_features(
-    grad_output_ptr, stride_yn, stride_yc, stride_yh, stride_yw,
+@triton.jit
+def _map_offsets(
+    rows, cols, channels, stride_c, stride_h, stride_w,
+    INNER: tl.constexpr, UNIT: tl.constexpr, INDEX: tl.constexpr, SIGNED: tl.constexpr = False,
+):  # fmt: skip
+    """Offsets [P, C] of pixels [P] and channels [C] in a map whose strides are in UNITs, but for the innermost one.
+
+    SIGNED where pixels may be before the first.
+    """
+    rows, cols, channels = rows.to(INDEX), cols.to(INDEX), channels.to(INDEX)[None, :]
+    if INNER == "c":
+        offsets = ((rows * stride_h + cols * stride_w) * UNIT)[:, None] + channels
+    elif INNER == "w":
+        offsets = (rows * (stride_h * UNIT) + cols)[:, None] + channels * (stride_c * UNIT)
+    else:
+        offsets = (rows * stride_h + cols * stride_w)[:, None] + channels * stride_c
+    return offsets if SIGNED else _unsigned(offsets)
+
+
+@triton.jit
+def _output_pointers(map_ptr, y, x, stride_h, stride_w, INNER: tl.constexpr, UNIT: tl.constexpr):
+    """Where pixel (y, x), perhaps outside, of an image of a map is, to add offsets of `_map_offsets` to."""
+    y, x = y.to(tl.int64), x.to(tl.int64)
+    return map_ptr + (y * stride_h * UNIT + x * (1 if INNER == "w" else stride_w * UNIT))
+
+
+@triton.jit
+def _pieces_inside(start, size, BLOCK: tl.constexpr, PIECES: tl.constexpr):
+    """The first of PIECES blocks from `start` on that reaches into [0, size), and how many do."""
+    first = tl.maximum(-start, 0) // BLOCK
+    last = tl.minimum((tl.maximum(size - start, 0) + BLOCK - 1) // BLOCK, PIECES)
+    return first, tl.maximum(last - first, 0)
+
+
+@triton.jit
+def _gather_strip(
+    grad_output_ptr, stride_yc, stride_yh, stride_yw,  # of one image
     kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-    grad_features_ptr, stride_xn, stride_xc, stride_xh, stride_xw,
-    height, width, tiles_h, tiles_w, groups, channels_per_group, slices,
-    LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    grad_features_ptr, stride_xc, stride_xh, stride_xw,  # of one image
+    image, group, groups, strip_y, strip_x, steps, channels, present, height, width,
+    MASKED: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    STEP_H: tl.constexpr, STRIP_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    PIECES_H: tl.constexpr, PIECES_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of source pixels, group and channel block, gathered from every output pixel that read it."""
-    part, tile = tl.program_id(0) % (groups * slices), tl.program_id(0) // (groups * slices)
-    group, block = part // slices, part % slices * BLOCK_C
-    image, tile_y, tile_x = _unravel(tile, tiles_h, tiles_w)
-    source_rows, source_cols = _tile_pixels(tile_y * TILE_H, tile_x * TILE_W, TILE_H, TILE_W)  # [Q]
-    channels = block + tl.arange(0, BLOCK_C)  # [C]
-    present = (channels < channels_per_group)[None, :]
-    channels = channels.to(tl.int64)[None, :]
+    """The gradients of a strip, STEP_H rows at a time.
 
-    grad_output_ptr += image * stride_yn + group.to(tl.int64) * channels_per_group * stride_yc
-    first_row = tl.maximum(tile_y * TILE_H - KERNEL // 2, 0) * SCALE
-    first_col = tl.maximum(tile_x * TILE_W - KERNEL // 2, 0) * SCALE
-    last_row = tl.minimum(tile_y * TILE_H + TILE_H + KERNEL // 2, height) * SCALE
-    last_col = tl.minimum(tile_x * TILE_W + TILE_W + KERNEL // 2, width) * SCALE
-    grad_features = tl.zeros([TILE_H * TILE_W, BLOCK_C], ACC)  # [Q, C]
-    for y in range(first_row, last_row, BLOCK_H):
-        for x in range(first_col, last_col, BLOCK_W):
-            rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
-            valid = (rows < last_row) & (cols < last_col)
+    Outputs of STEP_H source rows reach the rows `above` and `below` their middle, as many each; after a step `above`
+    is complete, and `below` is what the next one goes on with.
+    """
+    RADIUS: tl.constexpr = KERNEL // 2
+    target_rows, target_cols = _tile_pixels(0, 0, STEP_H, STRIP_W)  # [Q]
+    target_offsets = _map_offsets(
+        target_rows, target_cols, channels, stride_xc, stride_xh, stride_xw, GRAD_INNER, GRAD_UNIT, INDEX
+    )  # [Q, C]  # fmt: skip
+    piece_rows, piece_cols = _tile_pixels(0, 0, BLOCK_H, BLOCK_W)  # [M]
+    piece_offsets = _map_offsets(piece_rows, piece_cols, channels, stride_yc, stride_yh, stride_yw, INNER, UNIT, INDEX)
+    output_width = width * SCALE // UNIT * UNIT if INNER == "w" else width * SCALE
+    above = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
+    below = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
+    for step in range(0, steps + 1):
+        source_y, source_x = strip_y + (step - 1) * STEP_H + RADIUS, strip_x - RADIUS
+        if MASKED:
+            first_y, pieces_h = _pieces_inside(source_y * SCALE, height * SCALE, BLOCK_H, PIECES_H)
+            first_x, pieces_w = _pieces_inside(source_x * SCALE, width * SCALE, BLOCK_W, PIECES_W)
+        else:
+            first_y, pieces_h, first_x, pieces_w = 0, PIECES_H, 0, PIECES_W
+        for piece in range(0, pieces_h * pieces_w):
+            piece_y, piece_x = (first_y + piece // pieces_w) * BLOCK_H, (first_x + piece % pieces_w) * BLOCK_W
+            y, x = source_y * SCALE + piece_y, source_x * SCALE + piece_x
+            rows, cols = y + piece_rows, x + piece_cols
+            valid = (rows >= 0) & (rows < height * SCALE) & (cols >= 0) & (cols < output_width) if MASKED else None
             taps = _taps(
-                kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
+                kernels_ptr, stride_kn, stride_kg,
+                1 if TAPS_INNER == "t" else stride_kt, stride_kh, 1 if TAPS_INNER == "w" else stride_kw,
                 offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
                 image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, LOGITS, ACC, INDEX,
             ).to(ROUND)  # [M, TAPS]  # fmt: skip
             taps = tl.where((tl.arange(0, TAPS) < KERNEL * KERNEL)[None, :], taps, 0.0)  # no NaN out of reach
-            first_rows, first_cols = rows // SCALE - KERNEL // 2, cols // SCALE - KERNEL // 2
-            band = _band(taps, first_rows, first_cols, source_rows, source_cols, KERNEL, TAPS).to(OPERAND)  # [M, Q]
-            pixel_ptrs = (grad_output_ptr + _pixel_offsets(rows, cols, stride_yh, stride_yw, tl.int64))[:, None]
-            grad_output = tl.load(pixel_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0)  # [M, C]
-            grad_features = _multiply_add(tl.trans(band), grad_output.to(OPERAND), grad_features, PRECISION, ACC)
-    grad_features_ptr += image * stride_xn + group.to(tl.int64) * channels_per_group * stride_xc
-    pixel_ptrs = (grad_features_ptr + _pixel_offsets(source_rows, source_cols, stride_xh, stride_xw, tl.int64))[:, None]
-    tl.store(
-        pixel_ptrs + channels * stride_xc,
-        grad_features.to(grad_features_ptr.dtype.element_ty),
-        mask=((source_rows < height) & (source_cols < width))[:, None] & present,
-    )
+            if (BLOCK_H % SCALE == 0 or SCALE % BLOCK_H == 0) and (BLOCK_W % SCALE == 0 or SCALE % BLOCK_W == 0):
+                first_rows, first_cols = piece_rows // SCALE, piece_cols // SCALE  # the same in every piece
+                reach_rows, reach_cols = target_rows - piece_y // SCALE, target_cols - piece_x // SCALE + 2 * RADIUS
+            else:
+                first_rows, first_cols = (piece_y + piece_rows) // SCALE, (piece_x + piece_cols) // SCALE
+                reach_rows, reach_cols = target_rows, target_cols + 2 * RADIUS
+            grad_output = _output_pointers(
+                grad_output_ptr, y, x, stride_yh, stride_yw, INNER, UNIT
+            ) + piece_offsets  # [M, C]  # fmt: skip
+            grad_output = tl.trans(_load(grad_output, _both(valid, present)).to(OPERAND))  # [C, M]
+            band = _band(taps, first_rows, first_cols, reach_rows, reach_cols, KERNEL, TAPS).to(OPERAND)  # [M, Q]
+            above = _multiply_add(grad_output, band, above, PRECISION, ACC)
+            band = _band(taps, first_rows, first_cols, reach_rows + STEP_H, reach_cols, KERNEL, TAPS).to(OPERAND)
+            below = _multiply_add(grad_output, band, below, PRECISION, ACC)
+        if step > 0:
+            y = strip_y + (step - 1) * STEP_H
+            pointers = _output_pointers(
+                grad_features_ptr, y, strip_x, stride_xh, stride_xw, GRAD_INNER, GRAD_UNIT
+            ) + tl.trans(target_offsets)  # fmt: skip
+            gradients = above.to(grad_features_ptr.dtype.element_ty)
+            if MASKED:
+                grad_width = width // GRAD_UNIT * GRAD_UNIT if GRAD_INNER == "w" else width
+                valid = (y + target_rows < height) & (strip_x + target_cols < grad_width)
+                tl.store(pointers, gradients, mask=_both(present, valid))
+            elif present is None:
+                tl.store(pointers, gradients)
+            else:
+                tl.store(pointers, gradients, mask=present[:, None])
+        above = below
+        below = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[
+    *_SIZES, "channels_per_group", "steps", "stride_yn", "stride_yc", "stride_yh", "stride_yw",
+    "stride_kn", "stride_kg", "stride_kt", "stride_kh", "stride_kw", "stride_on", "stride_oc", "stride_oh", "stride_ow",
+    "stride_xn", "stride_xc", "stride_xh", "stride_xw",
+])  # fmt: skip
+def reassemble_backward_features(
+    grad_output_ptr, stride_yn, stride_yc, stride_yh, stride_yw,  # in UNITs
+    kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
+    offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
+    grad_features_ptr, stride_xn, stride_xc, stride_xh, stride_xw,  # in GRAD_UNITs
+    height, width, tiles_h, tiles_w, groups, channels_per_group, slices, steps,
+    INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr, RUN: tl.constexpr,
+    TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
+    STEP_H: tl.constexpr, STRIP_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    PIECES_H: tl.constexpr, PIECES_W: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A strip of `steps` x STEP_H rows and STRIP_W columns of source pixels, of one group and block of channels,
+    gathered from every output pixel that read it.
+
+    Programs go backwards: what the gradient of the kernels read last may still be in the cache.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    part, tile = program % (groups * slices), program // (groups * slices)
+    group, block = part // slices, part % slices * BLOCK_C
+    image, tile_y, tile_x = _unravel(tile, tiles_h, tiles_w)
+    channels_per_group = channels_per_group // RUN * RUN  # so says the compiler's analysis
+    present = block // RUN + tl.arange(0, BLOCK_C) // RUN < channels_per_group // RUN  # [C]
+    present = None if RUN == BLOCK_C else present
+    channels = group * channels_per_group + block + tl.arange(0, BLOCK_C)  # [C]
+    strip_y, strip_x = tile_y * steps * STEP_H, tile_x * STRIP_W
+    first, last = strip_y - STEP_H + KERNEL // 2, strip_y + steps * STEP_H + KERNEL // 2
+    inside = (first >= 0) & (last <= height)
+    first, last = strip_x - KERNEL // 2, (strip_x - KERNEL // 2) * SCALE + PIECES_W * BLOCK_W
+    inside &= (first >= 0) & (last <= width * SCALE)
+    for masked in tl.static_range(2):  # a copy for what is inside as a whole
+        if inside != masked:
+            _gather_strip(
+                grad_output_ptr + image * stride_yn * UNIT, stride_yc, stride_yh, stride_yw,
+                kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
+                offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
+                grad_features_ptr + image * stride_xn * GRAD_UNIT, stride_xc, stride_xh, stride_xw,
+                image, group, groups, strip_y, strip_x, steps, channels, present, height, width,
+                masked, INNER, UNIT, GRAD_INNER, GRAD_UNIT, TAPS_INNER, LOGITS, SCALE, KERNEL, TAPS,
+                STEP_H, STRIP_W, BLOCK_H, BLOCK_W, PIECES_H, PIECES_W, BLOCK_C, INDEX, ACC, ROUND, OPERAND, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[
+    *_SIZES, "channels_per_group", "stride_xn", "stride_xc", "stride_xh", "stride_xw",
+    *(f"stride_{name}" for name in ("yn", "yc", "yh", "yw", "kn", "kg", "kt", "kh", "kw", "mn", "mg", "mt", "mh")),
+    *(f"stride_{name}" for name in ("mw", "on", "oc", "oh", "ow", "gn", "gc", "gh", "gw")),
+])  # fmt: skip
 def reassemble_backward_kernels(
-    grad_output_ptr, stride_yn, stride_yc, stride_yh, stride_yw,
-    features_ptr, stride_xn, stride_xc, stride_xh, stride_xw,
+    grad_output_ptr, stride_yn, stride_yc, stride_yh, stride_yw,  # in GRAD_UNITs
+    features_ptr, stride_xn, stride_xc, stride_xh, stride_xw,  # in UNITs
     kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,  # None for masks
     grad_kernels_ptr, stride_mn, stride_mg, stride_mt, stride_mh, stride_mw,  # of masks or logits; None for DLU
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_space_ptr,
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
     height, width, tiles_h, tiles_w, groups, channels_per_group,
+    INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    RUN: tl.constexpr, TAPS_INNER: tl.constexpr, GRAD_TAPS_INNER: tl.constexpr,
     LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one output tile's kernels; stored, or taken on through softmax or sampling first."""
     group = tl.program_id(0) % groups
     image, tile_y, tile_x = _unravel(tl.program_id(0) // groups, tiles_h, tiles_w)
-    rows, cols = _tile_pixels(tile_y * BLOCK_H, tile_x * BLOCK_W, BLOCK_H, BLOCK_W)  # [M]
+    y, x = tile_y * BLOCK_H, tile_x * BLOCK_W
+    rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
     valid = (rows < height * SCALE) & (cols < width * SCALE)
-    window_y = tile_y * BLOCK_H // SCALE - KERNEL // 2
-    window_x = tile_x * BLOCK_W // SCALE - KERNEL // 2
-    features_ptr += image * stride_xn + group.to(tl.int64) * channels_per_group * stride_xc
-    grad_output_ptr += image * stride_yn + group.to(tl.int64) * channels_per_group * stride_yc
-    output_ptrs = (grad_output_ptr + _pixel_offsets(rows, cols, stride_yh, stride_yw, tl.int64))[:, None]
-    index = tl.arange(0, TAPS)
-    real = (index < KERNEL * KERNEL)[None, :]
-    u = (rows // SCALE - KERNEL // 2 - window_y)[:, None] + (index // KERNEL)[None, :]
-    v = (cols // SCALE - KERNEL // 2 - window_x)[:, None] + (index % KERNEL)[None, :]
-    pixel = u * WINDOW_W + v  # where in the window each tap of each output is: [M, TAPS]
+    window_y, window_x = y // SCALE - KERNEL // 2, ((x // SCALE - KERNEL // 2) >> 1) * 2  # no remainder below zero
+    # Outputs outside are replaced by others inside, in whole runs: this takes no masks, and they are not stored.
+    inside_rows = tl.where(rows < height * SCALE, rows, height * SCALE - 1)
+    if GRAD_INNER == "w":
+        last = width * SCALE // GRAD_UNIT - 1
+        run = x // GRAD_UNIT + tl.arange(0, BLOCK_H * BLOCK_W) // GRAD_UNIT % (BLOCK_W // GRAD_UNIT)
+        inside_cols = cols + tl.where(run < last, 0, (last - run) * GRAD_UNIT)
+    else:
+        inside_cols = tl.where(cols < width * SCALE, cols, width * SCALE - 1)
+    channels_per_group = channels_per_group // RUN * RUN  # so says the compiler's analysis
+    channels = tl.arange(0, BLOCK_C)  # [C]
+    output_offsets = _map_offsets(
+        inside_rows, inside_cols, channels, stride_yc, stride_yh, stride_yw, GRAD_INNER, GRAD_UNIT, INDEX
+    )  # [M, C]  # fmt: skip
+    first_channel = (group * channels_per_group).to(tl.int64)
+    output_step = stride_yc * GRAD_UNIT if GRAD_INNER == "w" else 1 if GRAD_INNER == "c" else stride_yc
+    feature_step = stride_xc * UNIT if INNER == "w" else 1 if INNER == "c" else stride_xc
+    grad_output_ptr += image * stride_yn * GRAD_UNIT
+    features_ptr += image * stride_xn * UNIT
+    # Where in the window each tap of each output is; what is beyond the last tap is zero in the kernels, or not stored.
+    tap = tl.where(tl.arange(0, TAPS) < KERNEL * KERNEL, tl.arange(0, TAPS), 0)
+    corner = (rows // SCALE - KERNEL // 2 - window_y) * WINDOW_W + (cols // SCALE - KERNEL // 2 - window_x)
+    pixel = corner[:, None] + (tap // KERNEL * WINDOW_W + tap % KERNEL)[None, :]  # [M, TAPS]
     grad_taps = tl.zeros([BLOCK_H * BLOCK_W, TAPS], ACC)  # [M, TAPS]
     for first in range(0, WINDOW_H * WINDOW_W, BLOCK_Q):
-        window_rows, window_cols, window_valid = _window_pixels(
-            window_y, window_x, first, WINDOW_H, WINDOW_W, BLOCK_Q, height, width
-        )  # [Q]
-        pixel_ptrs = (features_ptr + _pixel_offsets(window_rows, window_cols, stride_xh, stride_xw, tl.int64))[:, None]
+        index = first + tl.arange(0, BLOCK_Q)  # [Q]
+        window_rows, window_cols = window_y + index // WINDOW_W, window_x + index % WINDOW_W
+        inside = (window_rows >= 0) & (window_rows < height) & (index < WINDOW_H * WINDOW_W)
+        inside &= (window_cols >= 0) & (window_cols < (width // UNIT * UNIT if INNER == "w" else width))
+        window_offsets = _map_offsets(
+            window_rows, window_cols, channels, stride_xc, stride_xh, stride_xw, INNER, UNIT, INDEX, SIGNED=True
+        )  # [Q, C]  # fmt: skip
         grad_band = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_Q], ACC)  # [M, Q]
         for block in range(0, channels_per_group, BLOCK_C):
-            channels = block + tl.arange(0, BLOCK_C)  # [C]
-            present = (channels < channels_per_group)[None, :]
-            channels = channels.to(tl.int64)[None, :]
-            features = tl.load(
-                pixel_ptrs + channels * stride_xc, mask=window_valid[:, None] & present, other=0.0
-            )  # [Q, C]
-            grad_output = tl.load(
-                output_ptrs + channels * stride_yc, mask=valid[:, None] & present, other=0.0
-            )  # [M, C]
-            grad_band = _multiply_add(
-                grad_output.to(OPERAND), tl.trans(features.to(OPERAND)), grad_band, PRECISION, ACC
-            )
-        here = real & (pixel >= first) & (pixel < first + BLOCK_Q)
-        grad_taps += tl.where(here, tl.gather(grad_band, tl.where(here, pixel - first, 0), axis=1), 0.0)
+            present = block // RUN + channels // RUN < channels_per_group // RUN
+            present = None if RUN == BLOCK_C else present
+            pointers = features_ptr + (first_channel + block) * feature_step + window_offsets
+            features = _load(pointers, _both(inside, present)).to(OPERAND)  # [Q, C]
+            pointers = grad_output_ptr + (first_channel + block) * output_step + output_offsets
+            grad_output = _load(pointers, None if present is None else present[None, :]).to(OPERAND)  # [M, C]
+            grad_band = _multiply_add(grad_output, tl.trans(features), grad_band, PRECISION, ACC)
+        if WINDOW_H * WINDOW_W <= BLOCK_Q:
+            grad_taps = tl.gather(grad_band, pixel, axis=1)
+        else:
+            here = (pixel >= first) & (pixel < first + BLOCK_Q)
+            grad_taps += tl.where(here, tl.gather(grad_band, tl.where(here, pixel - first, 0), axis=1), 0.0)
     if grad_kernels_ptr is None:
         _sampling_adjoint(
-            grad_taps,
+            tl.where(valid[:, None], grad_taps, 0.0),
             kernels_ptr,
             offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-            grad_space_ptr,
+            grad_space_ptr, None, None,
             grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
-            image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, ACC, INDEX,
+            image, group, groups, y, x, rows, cols, valid, height, width,
+            SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS_H, CELLS_W, ACC, INDEX, SUM_PRECISION,
         )  # fmt: skip
     else:
         if LOGITS:
             taps = _taps(
-                kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
+                kernels_ptr, stride_kn, stride_kg,
+                1 if TAPS_INNER == "t" else stride_kt, stride_kh, 1 if TAPS_INNER == "w" else stride_kw,
                 offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
                 image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, LOGITS, ACC, INDEX,
             )  # [M, TAPS]  # fmt: skip
             grad_taps = _softmax_adjoint(taps, grad_taps)
+        stride_mt, stride_mw = 1 if GRAD_TAPS_INNER == "t" else stride_mt, 1 if GRAD_TAPS_INNER == "w" else stride_mw
+        if LOGITS:
             pixel_offsets, stride_mt = _shuffled(rows, cols, stride_mt, stride_mh, stride_mw, SCALE, INDEX)
         else:
             pixel_offsets = _pixel_offsets(rows, cols, stride_mh, stride_mw, INDEX)

@@ -67,7 +67,7 @@ def _forward_launch(
 
 def backward_features(
     grad_output: Tensor,
-    features: Tensor,
+    grad_features: Tensor,
     kernels: Tensor,
     offsets: Tensor | None,
     kernel_size: int,
@@ -75,30 +75,46 @@ def backward_features(
     scale_factor: int,
     *,
     logits: bool = False,
-) -> Tensor:
-    n, c, h, w = features.shape
-    grad_features = torch.empty_like(features)
-    if n == 0:
-        return grad_features
-    block_h, block_w = _launch.gather_tile(scale_factor, kernel_size, features.dtype.itemsize)
-    tiles_h, tiles_w = _launch.cdiv(h, _launch.SOURCE_TILE), _launch.cdiv(w, _launch.SOURCE_TILE)
-    block = _launch.channel_block(features.dtype, c // groups)
-    slices = _launch.cdiv(c // groups, block)
-    with torch.cuda.device_of(features):
-        _kernels.reassemble_backward_features[(n * tiles_h * tiles_w * groups * slices,)](
-            *_launch.pointer_and_strides(grad_output, 4),
-            *_taps(kernels, offsets, groups),
-            *_launch.pointer_and_strides(offsets, 4),
-            *_launch.pointer_and_strides(grad_features, 4),
-            h, w, tiles_h, tiles_w, groups, c // groups, slices,
-            LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-            BLOCK_H=block_h, BLOCK_W=block_w, TILE_H=_launch.SOURCE_TILE, TILE_W=_launch.SOURCE_TILE, BLOCK_C=block,
-            INDEX=_launch.index_dtype(kernels, offsets),
-            ROUND=_launch.triton_dtype(features.dtype),
-            **_launch.product_types(features.dtype, _launch.precision(features.dtype)),
-            **_launch.options(kernel_size, all_registers=True),
+) -> None:
+    """Write `grad_features`."""
+    if grad_features.numel():
+        tensors = (grad_output, kernels, grad_features) if offsets is None else (
+            grad_output, kernels, offsets, grad_features
         )  # fmt: skip
-    return grad_features
+        precision = _launch.precision(grad_features.dtype)
+        _launch.launch(_backward_features_launch, tensors, kernel_size, groups, scale_factor, logits, precision)
+
+
+def _backward_features_launch(
+    tensors: tuple[Tensor, ...], kernel_size: int, groups: int, scale_factor: int, logits: bool, precision: str
+) -> _launch.Launch:
+    grad_output, kernels, *offsets, grad_features = tensors
+    offsets = offsets[0] if offsets else None
+    n, c, h, w = grad_features.shape
+    dtype = grad_features.dtype
+    layout, grad_layout = _launch.map_layout(grad_output), _launch.map_layout(grad_features)
+    strip = _launch.gather_strip(scale_factor, kernel_size, dtype.itemsize, layout.INNER == "c")
+    steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
+    block, warps = _launch.gather_channels(dtype, c // groups, columns * steps)
+    slices = _launch.cdiv(c // groups, block)
+    tiles_h, steps = _launch.shares(columns * slices, steps, 1)
+    arguments = (
+        grad_output, *layout.strides,
+        *_taps(kernels, offsets, groups),
+        *_launch.pointer_and_strides(offsets, 4),
+        grad_features, *grad_layout.strides,
+        h, w, tiles_h, _launch.cdiv(w, strip.STRIP_W), groups, c // groups, slices, steps,
+    )  # fmt: skip
+    constants = dict(
+        INNER=layout.INNER, UNIT=layout.UNIT, GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT,
+        RUN=math.gcd(c // groups, block), TAPS_INNER="" if offsets is not None else _launch.taps_inner(kernels),
+        LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
+        **strip._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors),
+        ROUND=_launch.triton_dtype(dtype), **_launch.product_types(dtype, precision),
+        **_launch.options(kernel_size, all_registers=True) | {"num_warps": warps},
+    )  # fmt: skip
+    programs = columns * slices * tiles_h
+    return _launch.Launch(_kernels.reassemble_backward_features, programs, arguments, constants)
 
 
 def backward_kernels(
@@ -119,27 +135,50 @@ def backward_kernels(
 
     `kernels` may be left out for masks, whose gradient does not depend on them.
     """
-    n, c, h, w = features.shape
-    if n == 0:
-        return
-    tile = _launch.output_tile(scale_factor, kernel_size, features.dtype.itemsize)
-    tiles_h, tiles_w = _tiles(grad_output, tile)
-    with torch.cuda.device_of(features):
-        _kernels.reassemble_backward_kernels[(n * tiles_h * tiles_w * groups,)](
-            *_launch.pointer_and_strides(grad_output, 4),
-            *_launch.pointer_and_strides(features, 4),
-            *_taps(kernels, offsets, groups),
-            *_launch.pointer_and_group_strides(grad_kernels, groups),
-            *_launch.pointer_and_strides(offsets, 4),
-            grad_space,
-            *_launch.pointer_and_strides(grad_offsets, 4),
-            h, w, tiles_h, tiles_w, groups, c // groups,
-            LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-            **tile._asdict(), BLOCK_C=_launch.channel_block(features.dtype, c // groups),
-            INDEX=_launch.index_dtype(kernels, grad_kernels, offsets, grad_offsets),
-            **_launch.product_types(features.dtype, _launch.precision(features.dtype)),
-            **_launch.options(kernel_size, tile.BLOCK_H * tile.BLOCK_W, all_registers=True),
+    if features.numel():
+        named = dict(
+            grad_output=grad_output, features=features, kernels=kernels, grad_kernels=grad_kernels, offsets=offsets,
+            grad_space=grad_space, grad_offsets=grad_offsets,
         )  # fmt: skip
+        present = {name: tensor for name, tensor in named.items() if tensor is not None}
+        settings = tuple(present), kernel_size, groups, scale_factor, logits, _launch.precision(features.dtype)
+        _launch.launch(_backward_kernels_launch, tuple(present.values()), *settings)
+
+
+def _backward_kernels_launch(
+    tensors: tuple[Tensor, ...], names: tuple[str, ...], kernel_size: int, groups: int, scale_factor: int,
+    logits: bool, precision: str,
+) -> _launch.Launch:  # fmt: skip
+    named = dict(zip(names, tensors, strict=True))
+    grad_output, features, kernels = named["grad_output"], named["features"], named.get("kernels")
+    offsets, grad_kernels, grad_offsets = (named.get(name) for name in ("offsets", "grad_kernels", "grad_offsets"))
+    n, c, h, w = features.shape
+    dtype = features.dtype
+    tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
+    tiles_h, tiles_w = _tiles(grad_output, tile)
+    block = _launch.channel_block(dtype, c // groups)
+    layout, grad_layout = _launch.map_layout(features), _launch.map_layout(grad_output, tile.BLOCK_W)
+    arguments = (
+        grad_output, *grad_layout.strides,
+        features, *layout.strides,
+        *_taps(kernels, offsets, groups),
+        *_launch.pointer_and_group_strides(grad_kernels, groups),
+        *_launch.pointer_and_strides(offsets, 4),
+        named.get("grad_space"),
+        *_launch.pointer_and_strides(grad_offsets, 4),
+        h, w, tiles_h, tiles_w, groups, c // groups,
+    )  # fmt: skip
+    constants = dict(
+        INNER=layout.INNER, UNIT=layout.UNIT,
+        GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT, RUN=math.gcd(c // groups, block),
+        TAPS_INNER=_launch.taps_inner(kernels) if logits else "", GRAD_TAPS_INNER=_launch.taps_inner(grad_kernels),
+        LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
+        **tile._asdict(), BLOCK_C=block, **_launch.cells(tile, scale_factor), INDEX=_launch.index_dtype(*tensors),
+        **_launch.product_types(dtype, precision), SUM_PRECISION=_launch.sum_precision(dtype),
+        **_launch.options(kernel_size, tile.BLOCK_H * tile.BLOCK_W, all_registers=True)
+        | ({} if offsets is None else _launch.sampling_registers(dtype, kernel_size)),
+    )  # fmt: skip
+    return _launch.Launch(_kernels.reassemble_backward_kernels, n * tiles_h * tiles_w * groups, arguments, constants)
 
 
 def _taps(kernels: Tensor | None, offsets: Tensor | None, groups: int) -> tuple[Any, ...]:

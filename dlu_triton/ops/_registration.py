@@ -1,7 +1,6 @@
-"""What the registered operators share: joining an op with its backward op, and the alert about atomics."""
+"""What the registered operators share: joining an op with its backward op."""
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,13 +83,3 @@ def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]
         return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.others)
 
     op.register_autograd(backward, setup_context=setup_context)
-
-
-def alert_not_deterministic(what: str) -> None:
-    """Honour `torch.use_deterministic_algorithms` where atomics make sums depend on their order."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = f"{what} has no deterministic implementation yet: it is summed by atomic additions"
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(f"{message}. Use torch.use_deterministic_algorithms(True, warn_only=True) to go on.")
-    warnings.warn(message, stacklevel=2)

@@ -32,9 +32,9 @@ def carafe_backward_op(
     """The wanted ones of grad_features and grad_masks, in this order."""
     gradients = []
     if wants_features:
-        gradients.append(
-            _reassembly.backward_features(grad_output, features, masks, None, kernel_size, group_size, scale_factor)
-        )
+        grad_features = torch.empty_like(features)
+        _reassembly.backward_features(grad_output, grad_features, masks, None, kernel_size, group_size, scale_factor)
+        gradients.append(grad_features)
     if wants_masks:
         grad_masks = torch.empty_like(masks)
         _reassembly.backward_kernels(
@@ -83,11 +83,11 @@ def carafe_upsample_backward_op(
     """The wanted ones of grad_features and grad_logits, in this order."""
     gradients = []
     if wants_features:
-        gradients.append(
-            _reassembly.backward_features(
-                grad_output, features, logits, None, kernel_size, groups, scale_factor, logits=True
-            )
+        grad_features = torch.empty_like(features)
+        _reassembly.backward_features(
+            grad_output, grad_features, logits, None, kernel_size, groups, scale_factor, logits=True
         )
+        gradients.append(grad_features)
     if wants_logits:
         grad_logits = torch.empty_like(logits)
         _reassembly.backward_kernels(

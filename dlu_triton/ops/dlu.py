@@ -1,7 +1,7 @@
 """DLU: reassembly with kernels that are sampled from a small kernel space at learned offsets."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,54 +9,77 @@ from torch import Tensor
 from .. import _checks, _launch, reference
 from . import _kernels, _reassembly, _registration
 
-_Launch = tuple[tuple[int], tuple[int, ...], dict[str, Any]]  # grid, sizes, constants
+_Launch = tuple[int, tuple[int, ...], dict[str, Any]]  # programs, sizes, constants
+
+
+class _Sums(NamedTuple):
+    """What gradients of the normalised kernels (N, G, H, W, taps) are added to, by atomic additions.
+
+    For the sums not to depend on their order they are 64-bit integers (N, G, limbs, H, W, taps), and `largest` (N, G)
+    is a bound of what is added, from which their unit follows.
+    """
+
+    grad_space: Tensor
+    largest: Tensor | None = None
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(kernel_space: Tensor, groups: int, kernel_size: int) -> Tensor:
-    """Logits (N, G*k*k, H, W) -> normalised kernels (N, G, H, W, taps), the taps padded."""
-    space = _launch.new_space(kernel_space, groups, kernel_size, _launch.space_dtype(kernel_space.dtype))
+def _softmax(kernel_space: Tensor, groups: int, kernel_size: int, zeros: Tensor | None = None) -> Tensor:
+    """Logits (N, G*k*k, H, W) -> normalised kernels (N, G, H, W, taps), the taps padded. Fills `zeros`, if given."""
+    space = _launch.new_space(kernel_space, groups, kernel_size)
     if space.numel():
-        _launch.launch(_softmax_forward_launch, (kernel_space, space), groups, kernel_size)
+        tensors = (kernel_space, space) if zeros is None else (kernel_space, space, zeros)
+        _launch.launch(_softmax_forward_launch, tensors, groups, kernel_size)
     return space
 
 
-def _softmax_forward_launch(tensors: tuple[Tensor, Tensor], groups: int, kernel_size: int) -> _launch.Launch:
-    kernel_space, space = tensors
-    (programs,), sizes, constants = _softmax_launch(kernel_space, space, groups, kernel_size)
-    arguments = (*_launch.logits_plane(kernel_space, groups), space, *sizes)
+def _softmax_forward_launch(tensors: tuple[Tensor, ...], groups: int, kernel_size: int) -> _launch.Launch:
+    kernel_space, space, *zeros = tensors
+    programs, sizes, constants = _softmax_launch(tensors, groups, kernel_size)
+    arguments = (*_launch.logits_plane(kernel_space, groups), space, zeros[0] if zeros else None, *sizes)
     constants |= {"TAPS_INNER": _launch.taps_inner(kernel_space)}
     return _launch.Launch(_kernels.softmax_forward, programs, arguments, constants)
 
 
-def _softmax_backward(kernel_space: Tensor, grad_space: Tensor, groups: int, kernel_size: int) -> Tensor:
+def _softmax_backward(kernel_space: Tensor, sums: _Sums, groups: int, kernel_size: int, count_bits: int) -> Tensor:
     """Gradient of the normalised kernels -> gradient of the logits."""
     grad_logits = torch.empty_like(kernel_space)
     if grad_logits.numel():
-        grid, sizes, constants = _softmax_launch(kernel_space, grad_space, groups, kernel_size)
-        with torch.cuda.device_of(kernel_space):
-            _kernels.softmax_backward[grid](
-                *_launch.logits_plane(kernel_space, groups),
-                grad_space,
-                *_launch.logits_plane(grad_logits, groups),
-                *sizes, **constants,
-            )  # fmt: skip
+        tensors = (kernel_space, *(tensor for tensor in sums if tensor is not None), grad_logits)
+        _launch.launch(_softmax_backward_launch, tensors, groups, kernel_size, count_bits)
     return grad_logits
 
 
-def _softmax_launch(kernel_space: Tensor, space: Tensor, groups: int, kernel_size: int) -> _Launch:
+def _softmax_backward_launch(
+    tensors: tuple[Tensor, ...], groups: int, kernel_size: int, count_bits: int
+) -> _launch.Launch:
+    kernel_space, grad_space, *largest, grad_logits = tensors
+    programs, sizes, constants = _softmax_launch(tensors, groups, kernel_size)
+    arguments = (
+        *_launch.logits_plane(kernel_space, groups),
+        grad_space, *((largest[0], count_bits) if largest else (None, None)),
+        *_launch.logits_plane(grad_logits, groups),
+        *sizes,
+    )  # fmt: skip
+    constants |= {"TAPS_INNER": _launch.taps_inner(kernel_space), "GRAD_TAPS_INNER": _launch.taps_inner(grad_logits)}
+    return _launch.Launch(_kernels.softmax_backward, programs, arguments, constants)
+
+
+def _softmax_launch(tensors: tuple[Tensor, ...], groups: int, kernel_size: int) -> _Launch:
+    kernel_space = tensors[0]
     n, _, h, w = kernel_space.shape
     block = _launch.pixels_per_program(kernel_size)
     blocks = _launch.cdiv(h * w, block)
     constants = dict(
         KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size), BLOCK_P=block,
-        INDEX=_launch.index_dtype(kernel_space, space),
+        INDEX=_launch.index_dtype(*tensors),
         **_launch.accumulator(kernel_space.dtype), **_launch.options(kernel_size),
     )  # fmt: skip
-    return (n * groups * blocks,), (h, w, groups, blocks), constants
+    return n * groups * blocks, (h, w, groups, blocks), constants
 
 
 def _sample(space: Tensor, offsets: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> None:
@@ -69,7 +92,7 @@ def _sample_forward_launch(
     tensors: tuple[Tensor, Tensor, Tensor], scale_factor: int, kernel_size: int
 ) -> _launch.Launch:
     space, offsets, masks = tensors
-    (programs,), sizes, constants = _sampling_launch(space, offsets, masks, scale_factor, kernel_size)
+    programs, sizes, constants = _sampling_launch(tensors, space, masks, scale_factor, kernel_size)
     arguments = (
         space,
         *_launch.pointer_and_strides(offsets, 4),
@@ -86,61 +109,116 @@ def _sample_backward(
     offsets: Tensor,
     scale_factor: int,
     kernel_size: int,
+    count_bits: int,
     *,
-    grad_space: Tensor | None,
+    sums: _Sums | None,
     grad_offsets: Tensor | None,
 ) -> None:
-    """Add to `grad_space` and write `grad_offsets`, whichever is given."""
+    """Add to `sums` and write `grad_offsets`, whichever is given."""
     if grad_masks.numel():
-        grid, sizes, constants = _sampling_launch(space, offsets, grad_masks, scale_factor, kernel_size)
-        with torch.cuda.device_of(grad_masks):
-            _kernels.sample_backward[grid](
-                *_launch.pointer_and_group_strides(grad_masks, space.shape[1]),
-                space,
-                *_launch.pointer_and_strides(offsets, 4),
-                grad_space,
-                *_launch.pointer_and_strides(grad_offsets, 4),
-                *sizes, **constants,
-            )  # fmt: skip
+        grad_space, largest = sums or (None, None)
+        named = dict(
+            grad_masks=grad_masks, space=space, offsets=offsets,
+            grad_space=grad_space, largest=largest, grad_offsets=grad_offsets,
+        )  # fmt: skip
+        present = {name: tensor for name, tensor in named.items() if tensor is not None}
+        settings = tuple(present), scale_factor, kernel_size, count_bits
+        _launch.launch(_sample_backward_launch, tuple(present.values()), *settings)
 
 
-def _sampling_launch(space: Tensor, offsets: Tensor, masks: Tensor, scale_factor: int, kernel_size: int) -> _Launch:
+def _sample_backward_launch(
+    tensors: tuple[Tensor, ...], names: tuple[str, ...], scale_factor: int, kernel_size: int, count_bits: int
+) -> _launch.Launch:
+    named = dict(zip(names, tensors, strict=True))
+    grad_masks, space, largest = named["grad_masks"], named["space"], named.get("largest")
+    programs, sizes, constants = _sampling_launch(tensors, space, grad_masks, scale_factor, kernel_size)
+    arguments = (
+        *_launch.pointer_and_group_strides(grad_masks, space.shape[1]),
+        space,
+        *_launch.pointer_and_strides(named["offsets"], 4),
+        named.get("grad_space"), largest, None if largest is None else count_bits,
+        *_launch.pointer_and_strides(named.get("grad_offsets"), 4),
+        *sizes,
+    )  # fmt: skip
+    tile = _launch.output_tile(scale_factor, kernel_size, grad_masks.dtype.itemsize)
+    constants |= {
+        "TAPS_INNER": _launch.taps_inner(grad_masks),
+        **_launch.cells(tile, scale_factor),
+        "SUM_PRECISION": _launch.sum_precision(grad_masks.dtype),
+        **_launch.sampling_registers(grad_masks.dtype, kernel_size),
+    }
+    if grad_masks.dtype == torch.float64:
+        constants["num_warps"] = 8  # four spill
+    return _launch.Launch(_kernels.sample_backward, programs, arguments, constants)
+
+
+def _sampling_launch(
+    tensors: tuple[Tensor, ...], space: Tensor, masks: Tensor, scale_factor: int, kernel_size: int
+) -> _Launch:
     n, groups, h, w, taps = space.shape
     tile = _launch.output_tile(scale_factor, kernel_size, masks.dtype.itemsize)
     tiles_h, tiles_w = _launch.cdiv(scale_factor * h, tile.BLOCK_H), _launch.cdiv(scale_factor * w, tile.BLOCK_W)
     constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
-        INDEX=_launch.index_dtype(space, offsets, masks),
+        INDEX=_launch.index_dtype(*tensors),
         **_launch.accumulator(masks.dtype), **_launch.options(kernel_size),
     )  # fmt: skip
-    return (n * tiles_h * tiles_w * groups,), (h, w, tiles_h, tiles_w, groups), constants
+    return n * tiles_h * tiles_w * groups, (h, w, tiles_h, tiles_w, groups), constants
 
 
-def _kernel_gradients(
-    launch: Callable[..., None],
-    space: Tensor,
+# ---------------------------------------------------------------------------------------------------------------
+# Backward passes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _in_any_order() -> bool:
+    """Whether sums may depend on the order of their additions, which varies from run to run."""
+    return not torch.are_deterministic_algorithms_enabled()
+
+
+def _new_sums(kernel_space: Tensor, groups: int, kernel_size: int, inside: Tensor | None) -> Tensor:
+    """Uninitialised `_Sums.grad_space`."""
+    n, _, h, w = kernel_space.shape
+    dtype, limbs = _launch.sum_dtype(kernel_space.dtype), ()
+    if not _in_any_order():
+        dtype, limbs = torch.int64, (2 if dtype == torch.float64 else 1,)
+    shape = (n, groups, *limbs, h, w, _launch.padded_taps(kernel_size))
+    return _launch.scratch(shape, dtype, kernel_space.device, inside)
+
+
+def _largest(grad_masks: Tensor, groups: int) -> Tensor:
+    """The largest magnitude of each image and group."""
+    by_group, dtype = grad_masks.unflatten(1, (groups, -1)), _launch.sum_dtype(grad_masks.dtype)
+    return torch.linalg.vector_norm(by_group, math.inf, dim=(2, 3, 4), dtype=dtype)
+
+
+def _backward_from_masks(
+    grad_masks: Tensor,
     kernel_space: Tensor,
     offsets: Tensor,
+    scale_factor: int,
     kernel_size: int,
+    groups: int,
     wants_space: bool,
     wants_offsets: bool,
-) -> list[Tensor]:
-    """Run the launch that yields the sampling's gradients, and return the wanted ones."""
-    groups = space.shape[1]
-    grad_space = grad_offsets = None
-    if wants_space:
-        _registration.alert_not_deterministic("the gradient of kernel_space")
-        dtype = _launch.sum_dtype(kernel_space.dtype)
-        grad_space = _launch.new_space(kernel_space, groups, kernel_size, dtype, zero=True)
-    if wants_offsets:
-        grad_offsets = torch.empty_like(offsets)
-    launch(grad_space=grad_space, grad_offsets=grad_offsets)
-    gradients = []
+) -> tuple[Tensor, list[Tensor]]:
+    """The normalised kernels, and the wanted ones of grad_kernel_space and grad_offsets, from the gradient of the
+    sampled kernels."""
+    grad_offsets = torch.empty_like(offsets) if wants_offsets else None
+    grad_space = _new_sums(kernel_space, groups, kernel_size, None) if wants_space else None
+    space = _softmax(kernel_space, groups, kernel_size, zeros=grad_space)
+    sums, bits = None, _count_bits(kernel_space, scale_factor)
     if grad_space is not None:
-        gradients.append(_softmax_backward(kernel_space, grad_space, groups, kernel_size))
-    if grad_offsets is not None:
-        gradients.append(grad_offsets)
-    return gradients
+        sums = _Sums(grad_space, None if _in_any_order() or not grad_masks.numel() else _largest(grad_masks, groups))
+    _sample_backward(grad_masks, space, offsets, scale_factor, kernel_size, bits, sums=sums, grad_offsets=grad_offsets)
+    gradients = [] if sums is None else [_softmax_backward(kernel_space, sums, groups, kernel_size, bits)]
+    return space, gradients if grad_offsets is None else [*gradients, grad_offsets]
+
+
+def _count_bits(kernel_space: Tensor, scale_factor: int) -> int:
+    """Bits of how many outputs may sample one kernel, see `_fixed_point_scale`."""
+    _, _, h, w = kernel_space.shape
+    return (scale_factor**2 * h * w - 1).bit_length()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,20 +256,37 @@ def dlu_upsample_backward_op(
     wants_offsets: bool,
 ) -> list[Tensor]:
     """The wanted ones of grad_features, grad_kernel_space and grad_offsets, in this order."""
-    space = _softmax(kernel_space, groups, kernel_size)
+    n, _, h, w = features.shape
+    sizes = (kernel_size, groups, scale_factor)
+    grad_features = torch.empty_like(features) if wants_features else None
     gradients = []
-    if wants_features:
-        gradients.append(
-            _reassembly.backward_features(grad_output, features, space, offsets, kernel_size, groups, scale_factor)
+    if wants_space and not _in_any_order():
+        shape, dtype = (n, groups * kernel_size**2, scale_factor * h, scale_factor * w), features.dtype
+        # In the memory that the gradient of the features takes later.
+        grad_masks = _launch.scratch(shape, _launch.sum_dtype(dtype), features.device, inside=grad_features)
+        _reassembly.backward_kernels(grad_output, features, *sizes, grad_kernels=grad_masks)
+        space, gradients = _backward_from_masks(
+            grad_masks, kernel_space, offsets, scale_factor, kernel_size, groups, wants_space, wants_offsets
         )
-    if wants_space or wants_offsets:
-
-        def launch(**outputs: Tensor | None) -> None:
+    else:
+        grad_space = None
+        if wants_space:  # likewise
+            grad_space = _new_sums(kernel_space, groups, kernel_size, inside=grad_features)
+        space = _softmax(kernel_space, groups, kernel_size, zeros=grad_space)
+        if wants_space or wants_offsets:
+            grad_offsets = torch.empty_like(offsets) if wants_offsets else None
             _reassembly.backward_kernels(
-                grad_output, features, kernel_size, groups, scale_factor, kernels=space, offsets=offsets, **outputs
-            )
-
-        gradients += _kernel_gradients(launch, space, kernel_space, offsets, kernel_size, wants_space, wants_offsets)
+                grad_output, features, *sizes,
+                kernels=space, offsets=offsets, grad_space=grad_space, grad_offsets=grad_offsets,
+            )  # fmt: skip
+            if grad_space is not None:
+                gradients.append(_softmax_backward(kernel_space, _Sums(grad_space), groups, kernel_size, 0))
+                del grad_space
+            if grad_offsets is not None:
+                gradients.append(grad_offsets)
+    if grad_features is not None:
+        _reassembly.backward_features(grad_output, grad_features, space, offsets, *sizes)
+        gradients.insert(0, grad_features)
     return gradients
 
 
@@ -240,12 +335,10 @@ def expand_kernels_backward_op(
     wants_offsets: bool,
 ) -> list[Tensor]:
     """The wanted ones of grad_kernel_space and grad_offsets, in this order."""
-    space = _softmax(kernel_space, groups, kernel_size)
-
-    def launch(**outputs: Tensor | None) -> None:
-        _sample_backward(grad_masks, space, offsets, scale_factor, kernel_size, **outputs)
-
-    return _kernel_gradients(launch, space, kernel_space, offsets, kernel_size, wants_space, wants_offsets)
+    _, gradients = _backward_from_masks(
+        grad_masks, kernel_space, offsets, scale_factor, kernel_size, groups, wants_space, wants_offsets
+    )
+    return gradients
 
 
 @expand_kernels_backward_op.register_fake
