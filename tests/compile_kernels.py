@@ -144,6 +144,11 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
     dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
     dlu.expand_kernels_op._init_fn(space, offsets, s, k, g)
     dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, s, k, g, True, True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def launch_cam(dtype, layout, classes, channels, height, width) -> None:
@@ -198,7 +203,7 @@ def resources(kernel, target: GPUTarget) -> dict:
 
 @contextmanager
 def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
-    """Launches inside compile for the target and stop there; the list fills with (name, kernel, constants)."""
+    """Launches inside compile for the target and stop there; the list fills with (name, kernel, arguments)."""
     from dlu_triton import _launch
 
     triton.runtime.driver.set_active(StubDriver(target))
@@ -209,7 +214,7 @@ def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
 
     def compile_only(self, *args, warmup, **kwargs):
         kernel = run(self, *args, warmup=True, **kwargs)
-        compiled.append((self.__name__, kernel, kwargs))
+        compiled.append((self.__name__, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
         return kernel
 
     JITFunction.run = compile_only

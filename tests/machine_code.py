@@ -117,13 +117,49 @@ class Program:
                     heapq.heappush(queue, (longer, after))
         return None
 
+    def _products(self) -> dict[tuple[int, int], Counter[str]]:
+        """Loops that multiply matrices, and the opcodes of a turn."""
+        bodies = {loop: self.shortest(loop[1], loop[0]) for loop in self.loops}
+        return {
+            loop: body
+            for loop, body in bodies.items()
+            if body is not None and any(TENSOR_CORE.match(opcode) for opcode in body)
+        }
+
+    def executed_by_step(self, turns: int, opcode: str) -> Counter[str]:
+        """Opcodes that a warp executes in a turn of a loop around the shortest one that multiplies matrices, which it
+        takes for so many turns, on the shortest way by an instruction of that kind. Unless the inner loop is unrolled.
+        """
+        bodies = self._products()
+        inner = min(bodies, key=lambda loop: bodies[loop].total())
+        found = []
+        for last, first in self.loops:
+            if (
+                (last, first) == inner
+                or self.shortest(first, inner[1]) is None
+                or self.shortest(inner[0], last) is None
+            ):
+                continue
+            for address, block in self.blocks.items():
+                if any(each.opcode.startswith(opcode) for each in block):
+                    parts = (
+                        self.shortest(first, inner[1]),
+                        self.shortest(inner[0], address),
+                        self.shortest(address, last),
+                    )
+                    if None not in parts:
+                        total = sum(parts, Counter())
+                        for twice in (inner[0], inner[1], address):
+                            total.subtract(each.opcode for each in self.blocks[twice])
+                        found.append(total)
+        total = min(found, key=Counter.total)
+        for name, count in bodies[inner].items():
+            total[name] += turns * count
+        return total
+
     def executed(self, turns: int) -> Counter[str]:
         """Opcodes that a warp executes which takes the shortest loop that multiplies matrices for so many turns."""
-        bodies = {}
-        for last, first in self.loops:
-            body = self.shortest(first, last)
-            if body is not None and any(TENSOR_CORE.match(opcode) for opcode in body):
-                bodies[last, first] = body
+        bodies = self._products()
         if not bodies:  # unrolled
             return self.shortest(self.entry, None)
         (last, first), body = min(bodies.items(), key=lambda item: item[1].total())

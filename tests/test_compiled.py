@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT, MODEL = (Path(__file__).with_name(name) for name in ("compile_kernels.py", "forward_model.py"))
+SCRIPT, MODEL = (Path(__file__).with_name(name) for name in ("compile_kernels.py", "cost_model.py"))
 KERNELS = {
     "softmax_forward", "softmax_backward", "sample_forward", "sample_backward",
     "reassemble_forward", "reassemble_backward_features", "reassemble_backward_kernels",
@@ -24,8 +24,13 @@ def compiled():
 
 
 @pytest.fixture(scope="module")
-def model():
+def models():
     return rows_of(MODEL, "--json")
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return [row for row in models if row["kernel"] == "reassemble_forward"]
 
 
 def rows_of(script, *arguments):
@@ -111,6 +116,54 @@ def test_streams_are_wide(model):
             assert row["scalar loads"] <= 4, case
         kind, size = ("wide loads", 16) if row["layout"] == "channels_last" else ("pair loads", row["pair bytes"])
         assert row[kind] >= row["feature bytes"] // (size * 32 * row["program warps"]), case
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The backward pass on sm_90
+# ---------------------------------------------------------------------------------------------------------------
+
+FEATURES, TAPS = "reassemble_backward_features", "reassemble_backward_kernels"  # whose gradients they find
+
+
+@pytest.mark.parametrize(
+    ("kernel", "resource", "half", "float32"),
+    [
+        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.05, 1.75),
+        (FEATURES, "tensor cores", 0.6, 1.7), (TAPS, "tensor cores", 0.3, 0.7),
+        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.55, 0.85),
+        (FEATURES, "from L2", 1.75, 1.75), (TAPS, "from L2", 1.55, 1.9),
+    ],
+)  # fmt: skip
+def test_gradients_stay_near_the_rate_of_memory(kernel, resource, half, float32, models):
+    """Shares of the time that their bytes take; where 1 is passed, bench/NOTES.md says what follows. Softmax of logits
+    is taken again for every output in reach, see `test_logits_cost_instructions`."""
+    rows = [row for row in models if row["kernel"] == kernel and row["operator"] != "carafe_upsample"]
+    assert len(rows) == 10
+    assert not over_budget([row for row in rows if row["dtype"] != "float32"], resource, half)
+    assert not over_budget([row for row in rows if row["dtype"] == "float32"], resource, float32)
+
+
+def test_logits_cost_instructions(models):
+    rows = [row for row in models if row["kernel"] == FEATURES and row["operator"] == "carafe_upsample"]
+    assert len(rows) == 2
+    assert not over_budget(rows, "instructions", 1.3)
+
+
+def test_gradients_use_tensor_cores_and_wide_loads(models):
+    rows = [row for row in models if row["kernel"] in (FEATURES, TAPS)]
+    assert len(rows) == 24
+    for row in rows:
+        case = f"{row['kernel']} {row['operator']} {row['dtype']} {row['layout']} s {row['scale']}"
+        assert row["wgmma"] > 0, case
+        assert row["wide loads"] > 0, case
+        assert row["warps"] >= 8, case
+        assert row["scalar loads"] <= (40 if row["operator"] == "carafe_upsample" else 12), case
+
+
+def test_room_for_the_adjoint_of_sampling(models):
+    rows = [row for row in models if row["kernel"] == TAPS and row["operator"] == "dlu_upsample" and row["scale"] == 2]
+    assert len(rows) == 4
+    assert all(row["warps"] >= 12 for row in rows), [row["registers"] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------
