@@ -182,9 +182,13 @@ class Comparison:
 
 
 def compare(
-    operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str | torch.device
+    operator: str,
+    case: Case | CAMCase,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    results: Callable[[Callable[..., Tensor], dict[str, Tensor]], dict[str, Tensor]] = results,
 ) -> dict[str, Comparison]:
-    """Errors of output and gradients, by name."""
+    """Errors of output and gradients, or of what else `results` finds, by name."""
     arguments = inputs(operator, case, dtype, device)
     exact = {name: value.double() for name, value in arguments.items()}
     truth = results(function(operator, case, eager=True), exact)

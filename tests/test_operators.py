@@ -229,18 +229,6 @@ def test_only_wanted_gradients(operator, device):
                 torch.testing.assert_close(tensor.grad, expected[name])
 
 
-@pytest.mark.parametrize("operator", _verify.OPERATORS)
-def test_double_backward_fails_loudly(operator, device):
-    case = Case("", channels=2, height=2, width=2, kernel_size=1)
-    arguments = _verify.inputs(operator, case, torch.float64, device)
-    del arguments["grad_output"]
-    tensors = [value.requires_grad_() for value in arguments.values()]
-    output = _verify.function(operator, case, eager=False)(*tensors)
-    (gradient,) = torch.autograd.grad((output**2).sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        gradient.sum().backward()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Edges
 # ---------------------------------------------------------------------------------------------------------------

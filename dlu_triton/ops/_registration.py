@@ -1,4 +1,4 @@
-"""What the registered operators share: joining an op with its backward op."""
+"""What the registered operators share: joining an op with its derivatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list
     return [torch.empty_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
 
 
-def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
-    """Join an op on `tensors` tensors and some integers with its backward op.
+def register_autograd(op: Any, backward_op: Any, twin: Callable[..., Tensor], *, tensors: int) -> None:
+    """Join an op on `tensors` tensors and some integers with its backward op, and with its eager twin.
 
     The backward op takes the gradient, the op's own arguments and one flag per tensor, and returns the gradients
-    of the flagged tensors.
+    of the flagged tensors. Its own derivatives, of any order, are those of the twin's gradients.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -29,7 +29,13 @@ def register_autograd(op: Any, backward_op: Any, *, tensors: int) -> None:
         gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
         return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
 
+    def gradients_of_twin(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        output = twin(*arguments[:-tensors])
+        wanted = [tensor for tensor, want in zip(arguments[:tensors], arguments[-tensors:], strict=True) if want]
+        return torch.autograd.grad(output, wanted, grad_output, create_graph=True)
+
     op.register_autograd(backward, setup_context=setup_context)
+    register_eager_autograd(backward_op, gradients_of_twin, tensors=1 + tensors)
     backward_op.register_vmap(functools.partial(_one_by_one, backward_op))
 
 
@@ -55,14 +61,13 @@ def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]
         ctx.save_for_backward(*inputs[:tensors])
         ctx.others = inputs[tensors:]
 
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        if isinstance(grad_outputs[0], list):  # of an op that returns one
+            (grad_outputs,) = grad_outputs
         again = torch.is_grad_enabled()  # a derivative of this one is wanted
         wanted = ctx.needs_input_grad[:tensors]
         with torch.enable_grad():
-            inputs = [
-                tensor.view_as(tensor) if again else tensor.detach().requires_grad_(want)
-                for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
+            inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # no graph is followed beyond them
             outputs = zip(twin(*inputs, *ctx.others), grad_outputs, strict=True)
             pairs = [
                 (output, grad)

@@ -112,8 +112,8 @@ def _(
     return _registration.empty_like_wanted((features, logits), (wants_features, wants_logits))
 
 
-_registration.register_autograd(carafe_op, carafe_backward_op, tensors=2)
-_registration.register_autograd(carafe_upsample_op, carafe_upsample_backward_op, tensors=2)
+_registration.register_autograd(carafe_op, carafe_backward_op, reference.carafe, tensors=2)
+_registration.register_autograd(carafe_upsample_op, carafe_upsample_backward_op, reference.carafe_upsample, tensors=2)
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:

@@ -355,8 +355,8 @@ def _(
     return _registration.empty_like_wanted((kernel_space, offsets), (wants_space, wants_offsets))
 
 
-_registration.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, tensors=3)
-_registration.register_autograd(expand_kernels_op, expand_kernels_backward_op, tensors=2)
+_registration.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, reference.dlu_upsample, tensors=3)
+_registration.register_autograd(expand_kernels_op, expand_kernels_backward_op, reference.expand_kernels, tensors=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
