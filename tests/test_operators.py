@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from layouts import channel_slice, channels_last, cropped, expanded, scalar, sliced, transposed
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 import dlu_triton
 from dlu_triton import _launch, _verify, reference
@@ -33,6 +34,30 @@ def test_error_against_float64(operator, case, dtype, device):
         pytest.skip("too large for the interpreter")
     if not _verify.applies(case, operator, dtype):
         pytest.skip("not a mixture of types")
+    assert_within_bounds(operator, case, dtype, device)
+
+
+# Gradients sum over channels, over the scale_factor^2 outputs of a source pixel, and over the taps: here over many.
+# With float32 kernels their gradients show the sums themselves, which the last rounding to half precision else hides.
+LONG_SUMS = (
+    Case("scale 16", channels=8, height=2, width=3, scale_factor=16, reach=0.7),
+    Case("scale 16, float32 kernels", channels=8, height=2, width=3, scale_factor=16, kernel_dtype=torch.float32),
+    Case("1024 channels", channels=1024, height=3, width=4),
+    Case("1024 channels, float32 kernels", channels=1024, height=3, width=4, kernel_dtype=torch.float32),
+    Case("1024 channels, kernel 9", channels=1024, height=2, width=3, kernel_size=9, groups=2, channels_last=True),
+    Case("256 channels, scale 8", channels=256, height=2, width=2, scale_factor=8, kernel_size=3),
+    Case("1024 channels of a map", batch=2, channels=1024, height=26, width=42, gpu_only=True),
+    Case("scale 16 of a map", channels=64, height=25, width=42, scale_factor=16, gpu_only=True),
+    Case("float32 kernels of a map", channels=1024, height=26, width=42, kernel_dtype=torch.float32, gpu_only=True),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), **by_name)
+@pytest.mark.parametrize("case", LONG_SUMS, **by_name)
+@pytest.mark.parametrize("operator", ("dlu_upsample", "carafe", "carafe_upsample"))
+def test_long_sums_in_half_precision(operator, case, dtype, device):
+    if case.gpu_only and device.type == "cpu":
+        pytest.skip("too large for the interpreter")
     assert_within_bounds(operator, case, dtype, device)
 
 
@@ -183,6 +208,71 @@ def test_output_keeps_the_memory_format(layout, device):
             assert value.is_contiguous(memory_format=layout), f"{operator} {name}"
 
 
+def beside_others(output):
+    return torch.cat([output.new_ones(output.shape), output, output.detach()], 1)
+
+
+def beside_in_width(output):
+    return torch.cat([output.detach(), output], 3)
+
+
+def turned(output):
+    return output.transpose(2, 3)
+
+
+def summed(output):
+    return output.sum()
+
+
+def summed_over_the_map(output):
+    return output.sum((2, 3))
+
+
+def cropped_and_flipped(output):
+    return output[:, :, 1:-1, 2:].flip(3)
+
+
+def in_channels_last(output):
+    return output.permute(0, 2, 3, 1)
+
+
+def one_of_several(output):
+    return torch.stack([output.detach(), output], 4)
+
+
+# What comes after an operator, and whether the gradient that it sends back is contiguous.
+CONSUMERS = {
+    beside_others: False,
+    beside_in_width: False,
+    turned: False,
+    summed: False,
+    summed_over_the_map: False,
+    cropped_and_flipped: True,  # zeros around it
+    in_channels_last: False,
+    one_of_several: False,
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS, ids=lambda consumer: consumer.__name__)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_gradient_as_autograd_sends_it(operator, consumer, device):
+    case = Case("", batch=2, channels=6, height=3, width=4, kernel_size=3, groups=2)
+    arguments = _verify.inputs(operator, case, torch.float64, device)
+    del arguments["grad_output"]
+    found = []
+    for eager in (True, False):
+        tensors = [value.detach().requires_grad_() for value in arguments.values()]
+        output = _verify.function(operator, case, eager=eager)(*tensors)
+        sent = []
+        output.register_hook(lambda gradient, sent=sent: sent.append(gradient))
+        after = consumer(output)
+        weights = torch.randn(after.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (after if consumer == summed else (after * weights.to(device)).sum()).backward()
+        found.append([tensor.grad for tensor in tensors])
+    assert sent[0].is_contiguous() == CONSUMERS[consumer]
+    torch.testing.assert_close(found[1], found[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,23 +300,58 @@ def test_gradcheck(operator, case, eager, device):
     )
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels launched from here on."""
+    names = []
+    launcher, method = (interpreter.GridExecutor, "__call__") if _launch.INTERPRETED else (triton.JITFunction, "run")
+    launch = getattr(launcher, method)
+
+    def record(self, *args, **kwargs):
+        names.append((self.fn if _launch.INTERPRETED else self).__name__)
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(launcher, method, record)
+    monkeypatch.setattr(_launch, "MOST_REPEATS", 0)
+    _launch.forget_launches()
+    return names
+
+
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
-def test_only_wanted_gradients(operator, device):
-    """Every combination of inputs that require a gradient gives the same values as all together."""
+def test_only_wanted_gradients(operator, device, launched, monkeypatch):
+    """Every combination of inputs that require a gradient gives float64's values, and others cost nothing."""
     case = Case("", channels=4, height=3, width=4, kernel_size=3, groups=2)
     call = _verify.function(operator, case, eager=False)
-    arguments = _verify.inputs(operator, case, torch.float32, device)
-    expected = _verify.results(call, arguments)
+    arguments = _verify.inputs(operator, case, torch.float64, device)
+    expected = _verify.results(_verify.function(operator, case, eager=True), arguments)
     grad_output = arguments.pop("grad_output")
+    launches, allocated = {}, []
+    for name in ("empty", "zeros", "empty_like", "zeros_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *args, make=make, **kwargs: (allocated.append(make(*args, **kwargs)), allocated[-1])[1]
+        )
     for wanted in product((True, False), repeat=len(arguments)):
         if not any(wanted):
             continue
         tensors = [value.detach().requires_grad_(want) for value, want in zip(arguments.values(), wanted, strict=True)]
-        call(*tensors).backward(grad_output)
+        output = call(*tensors)
+        launched.clear()
+        allocated.clear()
+        output.backward(grad_output)
+        launches[wanted] = list(launched)
         for name, tensor, want in zip(arguments, tensors, wanted, strict=True):
             assert (tensor.grad is not None) == want
+            assert any(new.shape == tensor.shape for new in allocated) == want, f"{name}, {wanted}"
             if want:
                 torch.testing.assert_close(tensor.grad, expected[name])
+    # Features and kernels have launches of their own; so has the softmax of a kernel space, and offsets have none.
+    every = launches[(True,) * len(arguments)]
+    for wanted, found in launches.items():
+        assert set(found) <= set(every)
+        asked = {name for name, want in zip(arguments, wanted, strict=True) if want}
+        if {"features", "kernel_space"} & (arguments.keys() - asked) or asked == {"features"}:
+            assert len(found) < len(every), f"{asked} launch {found}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
