@@ -1,16 +1,25 @@
-"""What is measured, on a simulated GPU: a host that launches, and a device that works off its launches in order."""
+"""What is measured, on a simulated GPU: a host that launches, and a device that works off its launches in order.
+
+And an allocator that counts.
+"""
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import accuracy
 import clock
 import measure
 import pytest
 import torch
+from cases import BACKWARD, BOTH, FORWARD, STEP
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LAUNCH = 10e-6  # seconds of the host per launch
 KERNEL = 2e-6  # seconds of the device per kernel of the timed call
@@ -101,11 +110,10 @@ def test_without_a_head_start_the_launches_would_be_timed(machine: Machine) -> N
 def test_what_a_record_has_of_the_device(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     cold, warm = 5 * KERNEL, KERNEL  # of a call of one kernel, which runs faster on what is left in the cache
     waits, mode = False, "default"
-    peak = 1000
+    memory = {"requested_bytes.all.current": 1000, "requested_bytes.all.peak": 1000}
 
     def call() -> tuple[()]:
-        nonlocal peak
-        peak = 1640
+        memory["requested_bytes.all.peak"] = 1640
         machine.launch(warm if machine.cached else cold)
         machine.cached = True
         if waits and mode == "warn":
@@ -132,8 +140,7 @@ def test_what_a_record_has_of_the_device(machine: Machine, monkeypatch: pytest.M
         measure: {"DEVICE": "cuda", "TIMER": clock.Instant},
         torch.profiler: {"profile": lambda activities: nullcontext(profile)},
         torch.cuda: {
-            "memory_allocated": lambda: 1000,
-            "max_memory_allocated": lambda: peak,
+            "memory_stats": lambda: memory,
             "reset_peak_memory_stats": lambda: None,
             "set_sync_debug_mode": set_mode,
             "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
@@ -160,3 +167,72 @@ def test_what_a_record_has_of_the_device(machine: Machine, monkeypatch: pytest.M
     found = measure.device_time(benchmark, call, replays=True)
     assert found["host_waits"] == 1
     assert "replay_seconds" not in found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory, of a simulated allocator
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Allocator(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = dict.fromkeys(("requested_bytes.all.current", "requested_bytes.all.peak"), 0)
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _count(self, size: int) -> None:
+        self.stats["requested_bytes.all.current"] += size
+        self.reset(max(self.stats.values()))
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.stats["requested_bytes.all.current"] -= size
+
+    def reset(self, peak: int | None = None) -> None:
+        self.stats["requested_bytes.all.peak"] = self.stats["requested_bytes.all.current"] if peak is None else peak
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocator]:
+    with Allocator() as allocator:
+        monkeypatch.setattr(measure, "DEVICE", "cpu")
+        monkeypatch.setattr(measure, "allocated_bytes", lambda: allocator.stats["requested_bytes.all.current"])
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda: allocator.stats)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", allocator.reset)
+        yield allocator
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD, BOTH, STEP])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_memory_is_that_beyond_inputs_output_and_gradients(allocator: Allocator, direction: str, keeps: bool) -> None:
+    size = 4 * 1000  # of each tensor, in bytes
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return (x.sigmoid() if keeps else x) * weight
+
+    # What its graph keeps is there before `backward`, which needs a gradient of it. The momentum is there before a
+    # `step`, which needs as much for the decay of the weight.
+    expected = {FORWARD: (0, 1), BACKWARD: (0, 1), BOTH: (0, 2), STEP: (1, 2)}[direction][keeps] * size
+    x, gradient = torch.randn(1000, requires_grad=True), torch.randn(1000)
+    weight = torch.nn.Parameter(torch.randn(1000))
+    call = accuracy.ready(function, direction, (x, weight), gradient)
+    call()
+    assert measure.peak_extra_bytes(call) == expected
+    before = measure.allocated_bytes()
+    call()
+    assert measure.allocated_bytes() == before

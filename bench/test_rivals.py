@@ -143,7 +143,7 @@ def test_what_mmcv_is_given(op: str, rival: Callable[..., Tensor], limit: float,
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("impl", packs.PACKS)
 def test_modules_compute_their_definition(impl: str, case: Case) -> None:
-    module, parameters, definition = packs.build(impl, case, "cpu")
+    module, parameters, definition = packs.build("module", impl, case, "cpu")
     tensors = [*cases.inputs("module", case, "cpu").values(), *parameters.values()]
     gradient = cases.upstream("module", case, "cpu")
     results = accuracy.ready(lambda x, *_: module(x), BOTH, tensors, gradient)()
@@ -156,7 +156,7 @@ def test_modules_compute_their_definition(impl: str, case: Case) -> None:
 def test_offsets_of_modules_are_about_a_pixel() -> None:
     case = Case(2, 64, 9, 8, dtype="float32")
     (features,) = cases.inputs("module", case, "cpu").values()
-    pack = packs.build("DLUPack", case, "cpu").module
+    pack = packs.build("module", "DLUPack", case, "cpu").module
     compressed = pack.channel_compressor(features)
     assert 0.5 < pack.conv_offset(compressed).std() < 2
     assert 0.5 < pack.kernel_space_generator(compressed).std() < 2
@@ -217,10 +217,10 @@ def test_shares_of_the_copy_of_the_same_case() -> None:
 @pytest.mark.parametrize("name", cases.SELECTIONS)
 def test_a_case_starts_with_its_copy_and_nothing_runs_twice(name: str) -> None:
     upsampling = ("triton", "eager", "compiled", "unfold")
-    implementations = {op: upsampling for op in DEFINITIONS} | {"module": packs.PACKS, "copy": ("copy",)}
-    implementations |= {op: (op,) for op in ("interpolate", "dysample")}
+    implementations = {op: upsampling for op in DEFINITIONS} | {"module": packs.PACKS, "neck": packs.NECKS}
+    implementations |= {op: (op,) for op in cases.CONTEXT}
     runs = cases.selection(name, implementations)
     assert len(set(runs)) == len(runs)
     for case in {run.case for run in runs}:
         assert next(run for run in runs if run.case == case).op == "copy"
-    assert {"dlu_upsample", "module"} < {run.op for run in runs}
+    assert {"dlu_upsample", "module", "neck"} < {run.op for run in runs}

@@ -1,4 +1,4 @@
-"""Times the operators, whole modules and their rivals on the same inputs, each checked against float64 beforehand."""
+"""Times operators, modules, necks and their rivals on the same inputs, each checked against float64 beforehand."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import accuracy
 import cases
 import measure
+import modes
 import packs
 import pytest
 import rivals
 import torch
-from cases import BACKWARD, BOTH, FORWARD, Case
+from cases import BACKWARD, BOTH, DETERMINISTIC, FORWARD, MODULE, NECK, STEP, Case
 from measure import DEVICE
 from records import FOREIGN, Records
 from torch import Tensor
@@ -68,21 +69,27 @@ OPERATORS = {
 }
 
 
+if measure.RUNS_KERNELS:
+    for op in ("dlu_upsample", "expand_kernels"):
+        OPERATORS[op] |= dict.fromkeys(DETERMINISTIC, OPERATORS[op]["triton"])
+
+
 class Subject(NamedTuple):
     """An implementation with its inputs: both functions take the tensors alone."""
 
-    function: Upsampler
-    definition: Upsampler
+    function: Callable[..., accuracy.Outputs]
+    definition: Callable[..., accuracy.Outputs]
     tensors: dict[str, Tensor]
-    gradient: Tensor
+    gradient: accuracy.Outputs
     images: int | None  # compared at a time
 
 
 def _subject(op: str, case: Case, impl: str) -> Subject:
     tensors, gradient = _inputs(op, case)
-    if op == "module":
-        module, parameters, definition = packs.build(impl, case, DEVICE)
-        return Subject(lambda x, *_: module(x), definition, {**tensors, **parameters}, gradient, None)
+    if op in (MODULE, NECK):
+        module, parameters, definition = packs.build(op, impl, case, DEVICE)
+        count = len(tensors)
+        return Subject(lambda *both: module(*both[:count]), definition, {**tensors, **parameters}, gradient, None)
     implementations = OPERATORS[op]
     definition = implementations.get("eager", implementations[impl])
     bound = (partial(f, scale_factor=case.scale, kernel_size=case.kernel) for f in (implementations[impl], definition))
@@ -90,7 +97,7 @@ def _subject(op: str, case: Case, impl: str) -> Subject:
 
 
 @lru_cache(maxsize=1)
-def _inputs(op: str, case: Case) -> tuple[dict[str, Tensor], Tensor]:
+def _inputs(op: str, case: Case) -> tuple[dict[str, Tensor], accuracy.Outputs]:
     return cases.inputs(op, case, DEVICE), cases.upstream(op, case, DEVICE)
 
 
@@ -101,7 +108,7 @@ def _inputs(op: str, case: Case) -> tuple[dict[str, Tensor], Tensor]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     selection = measure.selection(full=metafunc.config.getoption("full", False))
-    runs = cases.selection(selection, {**OPERATORS, "module": packs.PACKS})
+    runs = cases.selection(selection, {**OPERATORS, MODULE: packs.PACKS, NECK: packs.NECKS})
     metafunc.parametrize(cases.Run._fields, [pytest.param(*run, id="-".join(map(str, run))) for run in runs])
 
 
@@ -115,7 +122,7 @@ def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl:
         "pass": direction,
         "dtype": case.dtype,
         "layout": case.layout,
-        "shape": {"features": case[:4], "scale_factor": case.scale, "kernel_size": case.kernel},
+        "shape": cases.shape(op, case),
         "series": case in cases.SERIES,
     }
     torch.compiler.reset()  # so that torch.compile makes a graph for these sizes alone
@@ -123,10 +130,18 @@ def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl:
         subject = _subject(op, case, impl)
         tensors = list(subject.tensors.values())
         call = accuracy.ready(subject.function, direction, tensors, subject.gradient)
+        if impl in DETERMINISTIC:
+            call = modes.deterministic(call, fill=impl == DETERMINISTIC[0])
+        before = [tensor.detach().clone() for tensor in tensors] if direction == STEP else tensors
         results = call()
-        errors = accuracy.errors(subject.definition, direction, tensors, subject.gradient, results, subject.images)
-    output, gradients = ["the output"], [f"the gradient of {name}" for name in subject.tensors]
-    names = {FORWARD: output, BACKWARD: gradients, BOTH: output + gradients}[direction]
+        errors = accuracy.errors(subject.definition, direction, before, subject.gradient, results, subject.images)
+        if impl in DETERMINISTIC and not all(map(torch.equal, results, call())):
+            pytest.fail(f"{impl} returned something else the second time")
+    del before
+    outputs = [f"output {i}" for i, _ in enumerate(accuracy.each_output(subject.gradient))]
+    gradients = [f"the gradient of {name}" for name in subject.tensors]
+    both = outputs + gradients
+    names = {FORWARD: outputs, BACKWARD: gradients, BOTH: both, STEP: both}[direction]
     for name, error in zip(names, errors, strict=True):
         limit = accuracy.limit(op, case, error.eager, foreign=impl in FOREIGN)
         records.hold(record, name, error.result, limit)
@@ -136,6 +151,7 @@ def test_upsampling(benchmark: Any, records: Records, op: str, case: Case, impl:
         "max_error": max(error.result for error in errors),
         "eager_error": None if op in cases.CONTEXT else max(error.eager for error in errors),
         "ideal_bytes": cases.ideal_bytes(op, direction, tensors, subject.gradient),
+        "allowed_extra_bytes": cases.allowed_extra_bytes(op, direction, case),
     }
     benchmark.group = f"{case} {direction}"
     if not benchmark.enabled:
