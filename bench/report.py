@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class Run(NamedTuple):
 
 
 FULL_ELEMENTS = 10**7  # of the output, beyond which the GPU counts as full
-PASSES = ("forward", "backward", "forward+backward", "explanation")
+PASSES = ("forward", "backward", "forward+backward", "step", "explanation")
 # Other mathematics at the same shapes, shown beside the upsamplers for context.
 CONTEXT, UPSAMPLERS = ("interpolate", "dysample"), ("dlu_upsample", "carafe_upsample", "carafe")
 
@@ -246,6 +247,13 @@ GPU_COLUMNS: dict[str, Column] = {
     "peak extra, MiB": lambda record: number(record["peak_extra_bytes"], 2**-20),
     "max error (eager)": lambda record: _error(record["max_error"], record["eager_error"]),
 }
+TRAINING_COLUMNS: dict[str, Column] = {
+    "time, µs": lambda record: number(record["seconds"], 1e6),
+    "host, µs": lambda record: number(record["host_us"]),
+    "launches": lambda record: number(record["launches"]),
+    "peak extra, MiB": lambda record: number(record["peak_extra_bytes"], 2**-20),
+    "max error (eager)": lambda record: _error(record["max_error"], record["eager_error"]),
+}
 SMALL_COLUMNS: dict[str, Column] = {
     "launches": lambda record: number(record["launches"]),
     "time, µs": lambda record: number(record["seconds"], 1e6),
@@ -376,7 +384,7 @@ def _range(values: list[float]) -> str:
 
 def _tables(run: Run) -> list[tuple[str, str]]:
     """Operators and passes that have a table: what the library is named after, then the others."""
-    tables = {(key.op, key.direction) for key in run.records if key.op not in (*CONTEXT, "copy")}
+    tables = {(key.op, key.direction) for key in run.records if key.op not in (*CONTEXT, "copy") and not trains(key)}
     return sorted(tables, key=lambda table: (table[0] != "dlu_upsample", table[0], PASSES.index(table[1])))
 
 
@@ -393,6 +401,46 @@ def every_case(
             table = timed(run, [key for key in run.records if (key.op, key.direction) == (op, direction)])
         parts.append(_folded(f"<code>{op}</code>, {direction}", table))
     return parts
+
+
+def trains(key: Comparison) -> bool:
+    """Whether this is a neck or a whole step, which are compared with nearest-neighbour upsampling in its place."""
+    return key.op == "neck" or key.direction == "step"
+
+
+def training(run: Run) -> str:
+    """Every implementation that trains."""
+    notes = Notes()
+    rows = []
+    for key in sorted(filter(trains, run.records), key=lambda key: (key.op != "neck", PASSES.index(key.direction))):
+        nearest = run.records[key].get("nearest")
+        rows += [
+            [key.op, key.direction, key.case, key.dtype, key.layout, impl]
+            + [notes.cell(record, partial(over_nearest, nearest))]
+            + [notes.cell(record, column) if "error" not in record else "" for column in TRAINING_COLUMNS.values()]
+            for impl, record in run.records[key].items()
+        ]
+    titles = ["op", "pass", "case", "dtype", "layout", "implementation", "over nearest", *TRAINING_COLUMNS]
+    return notes.below(markdown(titles, rows, 6)) if rows else ""
+
+
+def training_overview(run: Run) -> str:
+    """The same in a line for each case: the time of nearest-neighbour upsampling, and how often the others take it."""
+    keys = [key for key in filter(trains, run.records) if "nearest" in run.records[key]]
+    names = dict.fromkeys(name for key in keys for name in run.records[key] if name != "nearest")
+    notes = Notes()
+    rows = []
+    for key in sorted(keys, key=lambda key: (key.op != "neck", PASSES.index(key.direction))):
+        nearest = run.records[key]["nearest"]
+        cells = [key.op, key.direction, key.case, key.dtype, key.layout, number(nearest["seconds"], 1e6)]
+        found = (run.records[key].get(name) for name in names)
+        rows.append(cells + [notes.cell(record, partial(over_nearest, nearest)) for record in found])
+    titles = ["op", "pass", "case", "dtype", "layout", "nearest, µs", *names]
+    return notes.below(markdown(titles, rows, 5)) if rows else ""
+
+
+def over_nearest(nearest: Fields | None, record: Fields) -> str:
+    return "" if nearest is None else number(record["seconds"] / nearest["seconds"]) + TIMES
 
 
 def _folded(title: str, contents: str) -> str:
@@ -429,21 +477,30 @@ class Target(NamedTuple):
 
 
 def forward(
-    covers: Callable[[Fields], bool], metric: Callable[..., float | None], rival: str = "", op: str = "dlu_upsample"
+    covers: Callable[[Fields], bool],
+    metric: Callable[..., float | None],
+    rival: str = "",
+    op: str = "dlu_upsample",
+    *,
+    direction: str | None = "forward",
+    impl: str = "triton",
 ) -> Callable[[Run], list[float | None]]:
-    """Figures of our forward pass in the cases that a target covers, those that have a record of the rival, if any."""
+    """Figures of a pass of ours in the cases that a target covers, those that have a record of the rival, if any."""
 
     def values(run: Run) -> list[float | None]:
         found = []
-        for key in run.select("triton", op, "forward"):
-            records = [run.records[key]["triton"]]
+        for key in run.select(impl, op, direction):
+            records = [run.records[key][impl]]
             if rival:
-                records.append(rivals(run, key, "triton").get(rival))
+                records.append(rivals(run, key, impl).get(rival))
             if covers(records[0]) and None not in records:
                 found.append(None if any("error" in record for record in records) else metric(*records))
         return found
 
     return values
+
+
+backward, both = partial(forward, direction="backward"), partial(forward, direction="forward+backward")
 
 
 def field(name: str, unit: float = 1) -> Callable[[Fields], float | None]:
@@ -457,7 +514,7 @@ def half(record: Fields) -> bool:
 def headline(record: Fields) -> bool:
     n, *rest = record["shape"]["features"]
     sizes = (record["shape"]["scale_factor"], record["shape"]["kernel_size"])
-    return n >= 8 and rest == [256, 104, 168] and sizes == (2, 5)
+    return n >= 8 and rest == [256, 104, 168] and sizes == (2, 5) and "offsets" not in record["shape"]
 
 
 def small(record: Fields) -> bool:
@@ -472,6 +529,20 @@ def percent_extra(mine: Fields) -> float | None:
     n, _, h, w = mine["shape"]["features"]
     stored = n * h * w * (64 if half(mine) else 128)  # 5 x 5 taps in 32 places
     return 100 * max(0, mine["peak_extra_bytes"] - stored) / mine["ideal_bytes"]
+
+
+def pyramid(record: Fields) -> bool:
+    """Four upsamplers from 13 x 21 on, over two images on a ResNet-50."""
+    shape = record["shape"]
+    sizes = (shape["channels"], shape["scale_factor"], shape["kernel_size"])
+    return shape["images"] == [2, 3, 832, 1344] and sizes == (256, 2, 5) and record["dtype"] == "bfloat16"
+
+
+def sums(mine: Fields) -> float | None:
+    """Memory beyond inputs, output and gradients, in float32 gradients of the kernel space."""
+    if mine["peak_extra_bytes"] is None or mine["allowed_extra_bytes"] is None:
+        return None
+    return mine["peak_extra_bytes"] / mine["allowed_extra_bytes"]
 
 
 def slower(mine: Fields, other: Fields) -> float:
@@ -507,11 +578,31 @@ TARGETS = (
            lambda run: [spread(points) for points in scaling(run).values()]),
 )  # fmt: skip
 
+TRAINING_TARGETS = (
+    Target(f"share of a copy, {HEADLINE}, bfloat16, forward+backward", "≥", 0.60, "",
+           both(lambda record: headline(record) and record["dtype"] == "bfloat16", SHARE)),
+    Target("forward+backward: time of compiled over ours, half precision", "≥", 4, TIMES,
+           both(half, faster, "compiled")),
+    Target("<code>carafe</code> forward+backward, float16: time of mmcv over ours", "≥", 8, TIMES,
+           both(lambda record: record["dtype"] == "float16", faster, "mmcv", "carafe")),
+    Target("backward alone: launches", "≤", 4, "", backward(lambda record: True, field("launches"))),
+    Target("forward+backward: peak memory beyond inputs, output and gradients, in float32 gradients of the kernel "
+           "space, half precision and float32", "≤", 1, TIMES,
+           both(lambda record: record["dtype"] != "float64", sums)),
+    Target("forward+backward: time of the deterministic mode over ours", "≤", 1.5, TIMES,
+           both(lambda record: True, faster, "triton-deterministic")),
+    Target("backward alone: time of the deterministic mode over ours", "≤", 1.5, TIMES,
+           backward(lambda record: True, faster, "triton-deterministic")),
+    Target(f"neck of four <code>DLUPack</code>, N 2, 832{TIMES}1344, bfloat16, forward+backward and step: time over "
+           "that of nearest", "≤", 1.10, TIMES,
+           forward(pyramid, slower, "nearest", "neck", direction=None, impl="DLUPack")),
+)  # fmt: skip
 
-def targets(run: Run) -> str:
+
+def targets(run: Run, title: str, aimed: tuple[Target, ...]) -> str:
     """What was aimed at, and whether every case that it covers gets there."""
     rows = []
-    for target in TARGETS:
+    for target in aimed:
         values = target.values(run)
         known = [value for value in values if value is not None]
         cells = [target.what, f"{target.bound} {number(target.limit)}{target.unit}", "", target.met(values)]
@@ -520,7 +611,7 @@ def targets(run: Run) -> str:
             ends = dict.fromkeys((number(min(known)), number(max(known))))
             cells[2] = f"{' to '.join(ends)}{target.unit} ({count})"
         rows.append(cells)
-    return markdown(["<code>dlu_upsample</code> forward", "target", "measured (cases)", "met"], rows, 4)
+    return markdown([title, "target", "measured (cases)", "met"], rows, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -542,10 +633,12 @@ def gpu(run: Run | None) -> str:
         return f"Not measured yet. On a machine with a GPU and a clean tree:\n\n    {command}"
     parts = [
         _gpu_machine(run),
-        targets(run),
+        targets(run, "<code>dlu_upsample</code> forward", TARGETS),
+        targets(run, "<code>dlu_upsample</code> in training", TRAINING_TARGETS),
         "A target is met if every case that it covers meets it. Over all cases, the median, the least, the most, and "
         f"how many were compared. {OF_A_COPY} {OVER}",
         overview(run),
+        *_training(training_overview(run)),
         *(_picture(name, PLOT_TEXTS[name]) for name in drawings(run)),
         f"[Every case]({GPU_CASES})",
     ]
@@ -561,12 +654,25 @@ def gpu_cases(run: Run) -> str:
         f"{OVER} {CASES}",
         *every_case(run, _tables(run), "triton", ("time, µs", 1e6), GPU_COLUMNS),
     ]
+    steps = training(run)
+    if steps:
+        parts.append(_folded("Necks, and steps of modules", steps))
     maps = small_maps(run)
     if maps:
         parts.append(_folded("Small maps: launched, replayed as a CUDA graph, and the host's part", maps))
     if scaling(run):
         parts.append(_folded("Scaling of <code>dlu_upsample</code>, forward", scaling_table(run)))
     return "\n\n".join(parts) + "\n"
+
+
+def _training(table: str) -> list[str]:
+    if not table:
+        return []
+    text = (
+        "Modules and necks (feature pyramids with four upsamplers) in training, step being forward, backward and "
+        "optimiser: time with each upsampler over that with nearest-neighbour upsampling in its place, in the same run."
+    )
+    return [text, table]
 
 
 def _gpu_machine(run: Run) -> str:
@@ -587,6 +693,7 @@ def cpu(run: Run | None) -> str:
         _cpu_machine(run),
         f"<code>dlu_upsample</code>, median times. {OVER} {CASES}",
         table,
+        *_training(training_overview(run)),
         f"[Everything else]({CPU_CASES})",
     ]
     return "\n\n".join(parts)
@@ -600,6 +707,9 @@ def cpu_cases(run: Run) -> str:
         f"Median times; those of <code>dlu_upsample</code> are in README. {OVER} {CASES}",
         *every_case(run, rest, "eager", ("time, ms", 1e3), {}),
     ]
+    steps = training(run)
+    if steps:
+        parts.append(_folded("Necks, and steps of modules", steps))
     return "\n\n".join(parts) + "\n"
 
 

@@ -43,6 +43,7 @@ def record(impl, microseconds, *, op="dlu_upsample", features=SIZES[0], directio
         "roofline": 0.789,
         "launches": 1,
         "peak_extra_bytes": 3 * 2**20,
+        "allowed_extra_bytes": None,
         "host_us": 25.0,
         "replay_seconds": None,
         "max_error": 1.5e-3,
@@ -123,10 +124,15 @@ def overview(root):
     return table(block(root, "gpu").partition("A target is met")[2])
 
 
-def target(root, what):
+def target(root, what, title="<code>dlu_upsample</code> forward"):
     """What was measured for a target, and whether it is met."""
-    (row,) = (row for row in table(block(root, "gpu")) if what in row["<code>dlu_upsample</code> forward"])
+    text = block(root, "gpu")
+    (row,) = (row for row in table(text[text.index(f"\n| {title} |") :]) if what in row[title])
     return row["measured (cases)"], row["met"]
+
+
+def training_target(root, what):
+    return target(root, what, "<code>dlu_upsample</code> in training")
 
 
 FORWARD = "<code>dlu_upsample</code>, forward"
@@ -442,6 +448,200 @@ def test_no_target_is_over_another_rival(root, other):
     report.main([], root)
     for what in ("compiled", "bilinear", "mmcv"):
         assert target(root, what) == ("", "not measured")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+BACKWARD, BOTH, STEP = "backward", "forward+backward", "step"
+DLU_BACKWARD, DLU_BOTH = {"direction": BACKWARD}, {"direction": BOTH}
+DETERMINISTIC = "triton-deterministic"
+IMAGES = [2, 3, 832, 1344]
+
+
+def neck(impl, microseconds, *, images=IMAGES, direction=BOTH, **fields):
+    shape = {"images": images, "channels": 256, "scale_factor": 2, "kernel_size": 5}
+    return record(impl, microseconds, op="neck", direction=direction, **{"shape": shape, **fields})
+
+
+def one_point(**fields):
+    """The case of the headline whose offsets all lead to one point."""
+    fields = case(**fields)
+    return {**fields, "shape": {**fields["shape"], "offsets": "one point"}}
+
+
+HALF_DTYPE = {"dtype": "float16"}
+MEMORY = "peak memory beyond inputs, output and gradients"
+
+
+@pytest.mark.parametrize(
+    ("what", "records", "measured", "met"),
+    (
+        ("share of a copy", [case(roofline=0.6), case(n=16, roofline=0.7, **LAST)], "0.6 to 0.7 (2)", "yes"),
+        ("share of a copy", [case(roofline=0.59), case(roofline=0.9, **LAST)], "0.59 to 0.9 (2)", "no"),
+        ("share of a copy", [case(**HALF_DTYPE), case(**SINGLE), *OTHERS, one_point()], "", "not measured"),
+        ("share of a copy", [case(roofline=0.7), one_point(roofline=0.1)], "0.7 (1)", "yes"),
+        (MEMORY, [case(peak_extra_bytes=100, allowed_extra_bytes=100)], "1x (1)", "yes"),
+        (MEMORY, [case(peak_extra_bytes=102, allowed_extra_bytes=100)], "1.02x (1)", "no"),
+        (MEMORY, [small_map(peak_extra_bytes=50, allowed_extra_bytes=100)], "0.5x (1)", "yes"),
+        (MEMORY, [case(peak_extra_bytes=None, allowed_extra_bytes=100)], "", "not measured"),
+        (MEMORY, [case(peak_extra_bytes=200, allowed_extra_bytes=100, dtype="float64")], "", "not measured"),
+        ("launches", [case(launches=9)], "", "not measured"),  # of another pass
+    ),
+)
+def test_target_of_both_passes(root, what, records, measured, met):
+    others = [record("triton", 10, direction=other, **case(roofline=0, launches=None)) for other in ("forward", STEP)]
+    write(root, *(record("triton", 10, **each, **DLU_BOTH) for each in records), *others, sizes=())
+    report.main([], root)
+    assert training_target(root, what) == (measured, met)
+
+
+@pytest.mark.parametrize(
+    ("launches", "measured", "met"),
+    (((4, 3), "3 to 4 (2)", "yes"), ((4, 5), "4 to 5 (2)", "no"), ((4, None), "4 (1 of 2)", "not measured")),
+)
+def test_target_of_launches(root, launches, measured, met):
+    pairs = zip(launches, SIZES, strict=False)
+    found = [record("triton", 10, features=size, launches=count, **DLU_BACKWARD) for count, size in pairs]
+    write(root, *found, record("triton", 10, launches=7, op="carafe", **DLU_BACKWARD))
+    report.main([], root)
+    assert training_target(root, "alone: launches") == (measured, met)
+
+
+@pytest.mark.parametrize(
+    ("what", "rival", "ours", "limit", "best"),
+    (
+        ("compiled", {"impl": "compiled", **DLU_BOTH}, DLU_BOTH, 4, "4 to 8x (2)"),
+        ("mmcv", {"impl": "mmcv", **CARAFE, **DLU_BOTH}, {**CARAFE, **DLU_BOTH}, 8, "8 to 16x (2)"),
+    ),
+    ids=("compiled", "mmcv"),
+)
+def test_training_target_over_a_rival(root, what, rival, ours, limit, best):
+    def results(*times, **other):
+        mine = [record("triton", 100, features=size, **ours) for size in SIZES]
+        rivals = [record(**rival, microseconds=us, features=size) for us, size in zip(times, SIZES, strict=False)]
+        write(root, *mine, *rivals, sizes=(), **other)
+        report.main([], root)
+        assert target(root, what) == ("", "not measured")  # of the forward pass
+        return training_target(root, what)
+
+    just = 100 * limit * (1 + 1e-9)
+    assert results(just, 2 * just) == (best, "yes")
+    assert results(0.99 * just, 2 * just)[1] == "no"
+    assert results() == ("", "not measured")
+    assert results(errors=[unsupported("no kernel", **rival)]) == ("", "not measured")
+    measured, met = results(just, errors=[unsupported("no kernel", **rival, features=SIZES[1])])
+    assert measured.endswith("(1 of 2)")
+    assert met == "not measured"
+
+
+@pytest.mark.parametrize("direction", (BACKWARD, BOTH))
+def test_target_of_the_deterministic_mode(root, direction):
+    shapes = [case(), one_point()]
+
+    def results(*times, **other):
+        mine = [record("triton", 100, direction=direction, **shape) for shape in shapes]
+        found = [
+            record(impl, us, direction=direction, **shape)
+            for us, shape in zip(times, shapes, strict=False)
+            for impl in (DETERMINISTIC, f"{DETERMINISTIC}-unfilled")
+        ]
+        write(root, *mine, *found, sizes=(), **other)
+        report.main([], root)
+        whats = {BACKWARD: "backward alone: time of the", BOTH: "forward+backward: time of the deterministic"}
+        found = training_target(root, whats.pop(direction))
+        assert [training_target(root, what) for what in whats.values()] == [("", "not measured")]
+        return found
+
+    assert results(150, 110) == ("1.1 to 1.5x (2)", "yes")
+    assert results(110, 151) == ("1.1 to 1.51x (2)", "no")
+    error = unsupported("has no deterministic implementation", impl=DETERMINISTIC, direction=direction, **shapes[1])
+    assert results(110, errors=[error]) == ("1.1x (1 of 2)", "not measured")
+    assert results() == ("", "not measured")
+    assert "8x256x104x168 s 2 k 5 offsets one point" in cases(root)
+
+
+def both_passes(nearest, pack, **fields):
+    found = zip((BOTH, STEP), nearest, pack, strict=True)
+    return [
+        neck(impl, us, direction=direction, **fields)
+        for direction, *times in found
+        for impl, us in zip(("nearest", "DLUPack"), times, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "measured", "met"),
+    (
+        (both_passes((100, 200), (110, 206)), "1.03 to 1.1x (2)", "yes"),
+        (both_passes((100, 200), (109, 222)), "1.09 to 1.11x (2)", "no"),
+        ([*both_passes((100, 200), (109, 210)), *both_passes((80, 99), (99, 99), **LAST)], "1 to 1.24x (4)", "no"),
+        ([*both_passes((9, 20), (9, 20)), *both_passes((9, 9), (99, 99), **HALF_DTYPE)], "1x (2)", "yes"),
+        (both_passes((100, 200), (300, 300), images=[1, 3, 64, 96]), "", "not measured"),
+        ([neck("DLUPack", 100)], "", "not measured"),
+        ([neck("nearest", 100), neck("CARAFEPack", 300)], "", "not measured"),
+    ),
+)
+def test_target_of_the_neck(root, records, measured, met):
+    write(root, *records, sizes=())
+    report.main([], root)
+    assert training_target(root, "neck of four") == (measured, met)
+
+
+def test_necks_and_steps_beside_nearest(root):
+    modules = [record(impl, us, op="module", direction=STEP) for impl, us in (("CARAFEPack", 300), ("nearest", 100))]
+    missing = unsupported("not installed", op="module", impl="mmcv-CARAFEPack", direction=STEP)
+    write(root, *modules, *both_passes((100, 200), (110, 206)), neck("bilinear", 101), errors=[missing])
+    report.main([], root)
+    text = block(root, "gpu")
+    neck_both, neck_step, module = table(text[text.index("Modules and necks") :])
+    assert neck_both["case"] == "images 2x3x832x1344 channels 256 s 2 k 5"
+    assert (neck_both["op"], neck_both["pass"], neck_both["nearest, µs"]) == ("neck", BOTH, "100")
+    assert (neck_both["DLUPack"], neck_both["bilinear"]) == ("1.1x", "1.01x")
+    assert (neck_step["pass"], neck_step["DLUPack"], neck_step["bilinear"]) == (STEP, "1.03x", "")
+    assert (module["op"], module["pass"], module["CARAFEPack"], module["DLUPack"]) == ("module", STEP, "3x", "")
+    assert "<sup>1</sup> mmcv-CARAFEPack: not installed" in text
+    found = [
+        [row[name] for name in ("op", "pass", "implementation", "over nearest", "time, µs", "host, µs", "launches")]
+        for row in rows(root, "Necks, and steps")
+    ]
+    assert found == [
+        ["neck", BOTH, "nearest", "1x", "100", "25", "1"],
+        ["neck", BOTH, "DLUPack", "1.1x", "110", "25", "1"],
+        ["neck", BOTH, "bilinear", "1.01x", "101", "25", "1"],
+        ["neck", STEP, "nearest", "1x", "200", "25", "1"],
+        ["neck", STEP, "DLUPack", "1.03x", "206", "25", "1"],
+        ["module", STEP, "CARAFEPack", "3x", "300", "25", "1"],
+        ["module", STEP, "nearest", "1x", "100", "25", "1"],
+        ["module", STEP, "mmcv-CARAFEPack", "-<sup>1</sup>", "", "", ""],
+    ]
+    assert "<code>neck</code>" not in cases(root)  # once is enough
+    assert f"<code>module</code>, {STEP}" not in cases(root)
+
+
+def test_backward_has_a_table_of_its_own(root):
+    rival = record("compiled", 30, **DLU_BACKWARD)
+    write(root, record("triton", 10, **DLU_BACKWARD), rival, record(DETERMINISTIC, 14, **DLU_BACKWARD))
+    report.main([], root)
+    (row,) = rows(root, "<code>dlu_upsample</code>, backward")
+    assert (row["time, µs"], row["over compiled"], row[f"over {DETERMINISTIC}"]) == ("10", "3x", "1.4x")
+    assert overview(root)[1]["over compiled"] == "3 (3 to 3, 1)"
+
+
+def test_training_on_a_cpu(root):
+    other = {"name": "cpu.json", "sizes": (), "device": "cpu", "gpu": None}
+    fields = dict.fromkeys(("host_us", "launches", "peak_extra_bytes"))
+    write(root, record("eager", 10), *both_passes((100, 200), (300, 500), **fields), **other)
+    report.main([], root)
+    first, _ = table(block(root, "cpu").partition("Modules and necks")[2])
+    assert (first["pass"], first["nearest, µs"], first["DLUPack"]) == (BOTH, "100", "3x")
+    assert [row["over nearest"] for row in rows(root, "Necks, and steps", "cpu")] == ["1x", "3x", "1x", "2.5x"]
+    assert "host, µs" not in rows(root, "Necks, and steps", "cpu")[0]
+    write(root, record("eager", 10), **other)
+    report.main([], root)
+    assert "Modules and necks" not in block(root, "cpu")
+    assert "Necks, and steps" not in cases(root, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
