@@ -424,9 +424,9 @@ def training(run: Run) -> str:
     return notes.below(markdown(titles, rows, 6)) if rows else ""
 
 
-def training_overview(run: Run) -> str:
-    """The same in a line for each case: the time of nearest-neighbour upsampling, and how often the others take it."""
-    keys = [key for key in filter(trains, run.records) if "nearest" in run.records[key]]
+def training_overview(run: Run, *ops: str) -> str:
+    """The same in a line for each case: the time with nearest-neighbour upsampling, and ratios to it."""
+    keys = [key for key in filter(trains, run.records) if key.op in ops and "nearest" in run.records[key]]
     names = dict.fromkeys(name for key in keys for name in run.records[key] if name != "nearest")
     notes = Notes()
     rows = []
@@ -638,7 +638,7 @@ def gpu(run: Run | None) -> str:
         "A target is met if every case that it covers meets it. Over all cases, the median, the least, the most, and "
         f"how many were compared. {OF_A_COPY} {OVER}",
         overview(run),
-        *_training(training_overview(run)),
+        *_training(training_overview(run, "neck", "module")),
         *(_picture(name, PLOT_TEXTS[name]) for name in drawings(run)),
         f"[Every case]({GPU_CASES})",
     ]
@@ -669,7 +669,7 @@ def _training(table: str) -> list[str]:
     if not table:
         return []
     text = (
-        "Modules and necks (feature pyramids with four upsamplers) in training, step being forward, backward and "
+        "In training, where a neck is a feature pyramid with four upsamplers, and a step forward, backward and "
         "optimiser: time with each upsampler over that with nearest-neighbour upsampling in its place, in the same run."
     )
     return [text, table]
@@ -693,7 +693,7 @@ def cpu(run: Run | None) -> str:
         _cpu_machine(run),
         f"<code>dlu_upsample</code>, median times. {OVER} {CASES}",
         table,
-        *_training(training_overview(run)),
+        *_training(training_overview(run, "neck")),
         f"[Everything else]({CPU_CASES})",
     ]
     return "\n\n".join(parts)

@@ -595,7 +595,7 @@ def test_necks_and_steps_beside_nearest(root):
     write(root, *modules, *both_passes((100, 200), (110, 206)), neck("bilinear", 101), errors=[missing])
     report.main([], root)
     text = block(root, "gpu")
-    neck_both, neck_step, module = table(text[text.index("Modules and necks") :])
+    neck_both, neck_step, module = table(text[text.index("In training,") :])
     assert neck_both["case"] == "images 2x3x832x1344 channels 256 s 2 k 5"
     assert (neck_both["op"], neck_both["pass"], neck_both["nearest, µs"]) == ("neck", BOTH, "100")
     assert (neck_both["DLUPack"], neck_both["bilinear"]) == ("1.1x", "1.01x")
@@ -632,15 +632,16 @@ def test_backward_has_a_table_of_its_own(root):
 def test_training_on_a_cpu(root):
     other = {"name": "cpu.json", "sizes": (), "device": "cpu", "gpu": None}
     fields = dict.fromkeys(("host_us", "launches", "peak_extra_bytes"))
-    write(root, record("eager", 10), *both_passes((100, 200), (300, 500), **fields), **other)
+    module = record("nearest", 10, op="module", direction=STEP, **fields)
+    write(root, record("eager", 10), *both_passes((100, 200), (300, 500), **fields), module, **other)
     report.main([], root)
-    first, _ = table(block(root, "cpu").partition("Modules and necks")[2])
+    first, _ = table(block(root, "cpu").partition("In training,")[2])
     assert (first["pass"], first["nearest, µs"], first["DLUPack"]) == (BOTH, "100", "3x")
-    assert [row["over nearest"] for row in rows(root, "Necks, and steps", "cpu")] == ["1x", "3x", "1x", "2.5x"]
+    assert [row["over nearest"] for row in rows(root, "Necks, and steps", "cpu")] == ["1x", "3x", "1x", "2.5x", "1x"]
     assert "host, µs" not in rows(root, "Necks, and steps", "cpu")[0]
     write(root, record("eager", 10), **other)
     report.main([], root)
-    assert "Modules and necks" not in block(root, "cpu")
+    assert "In training," not in block(root, "cpu")
     assert "Necks, and steps" not in cases(root, "cpu")
 
 
