@@ -193,7 +193,8 @@ FULL = [
     *(Entry("dysample", case) for case in (WIDE, LAST, HALF, Case(2, 256, *P5))),
     *(Entry(MODULE, case, (FORWARD, *TRAINING)) for case in (WIDE, LAST, HALF, Case(2, 256, *P3))),
     *(Entry(MODULE, Case(2, 256, *size, scale=scale)) for size, scale in ((P4, 4), (P4, 8), (P5, 16))),
-    *(Entry(NECK, PYRAMID._replace(dtype="float16", layout=layout), TRAINING) for layout in MEMORY_FORMATS),
+    *(Entry(NECK, PYRAMID._replace(dtype=dtype, layout=layout), TRAINING)
+      for dtype in DTYPES[1:] for layout in MEMORY_FORMATS),
 ]  # fmt: skip
 
 
