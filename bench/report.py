@@ -408,7 +408,7 @@ def trains(key: Comparison) -> bool:
     return key.op == "neck" or key.direction == "step"
 
 
-def training(run: Run) -> str:
+def steps_table(run: Run) -> str:
     """Every implementation that trains."""
     notes = Notes()
     rows = []
@@ -424,7 +424,7 @@ def training(run: Run) -> str:
     return notes.below(markdown(titles, rows, 6)) if rows else ""
 
 
-def training_overview(run: Run, *ops: str) -> str:
+def steps_overview(run: Run, *ops: str) -> str:
     """The same in a line for each case: the time with nearest-neighbour upsampling, and ratios to it."""
     keys = [key for key in filter(trains, run.records) if key.op in ops and "nearest" in run.records[key]]
     names = dict.fromkeys(name for key in keys for name in run.records[key] if name != "nearest")
@@ -638,7 +638,7 @@ def gpu(run: Run | None) -> str:
         "A target is met if every case that it covers meets it. Over all cases, the median, the least, the most, and "
         f"how many were compared. {OF_A_COPY} {OVER}",
         overview(run),
-        *_training(training_overview(run, "neck", "module")),
+        *_steps(steps_overview(run, "neck", "module")),
         *(_picture(name, PLOT_TEXTS[name]) for name in drawings(run)),
         f"[Every case]({GPU_CASES})",
     ]
@@ -654,7 +654,7 @@ def gpu_cases(run: Run) -> str:
         f"{OVER} {CASES}",
         *every_case(run, _tables(run), "triton", ("time, µs", 1e6), GPU_COLUMNS),
     ]
-    steps = training(run)
+    steps = steps_table(run)
     if steps:
         parts.append(_folded("Necks, and steps of modules", steps))
     maps = small_maps(run)
@@ -665,7 +665,7 @@ def gpu_cases(run: Run) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _training(table: str) -> list[str]:
+def _steps(table: str) -> list[str]:
     if not table:
         return []
     text = (
@@ -693,7 +693,7 @@ def cpu(run: Run | None) -> str:
         _cpu_machine(run),
         f"<code>dlu_upsample</code>, median times. {OVER} {CASES}",
         table,
-        *_training(training_overview(run, "neck")),
+        *_steps(steps_overview(run, "neck")),
         f"[Everything else]({CPU_CASES})",
     ]
     return "\n\n".join(parts)
@@ -707,7 +707,7 @@ def cpu_cases(run: Run) -> str:
         f"Median times; those of <code>dlu_upsample</code> are in README. {OVER} {CASES}",
         *every_case(run, rest, "eager", ("time, ms", 1e3), {}),
     ]
-    steps = training(run)
+    steps = steps_table(run)
     if steps:
         parts.append(_folded("Necks, and steps of modules", steps))
     return "\n\n".join(parts) + "\n"
