@@ -465,15 +465,15 @@ class MapLayout(NamedTuple):
     strides: tuple[int, ...]
 
 
-def map_layout(tensor: Tensor, longest: int = 16) -> MapLayout:
-    """`longest`, a power of two, bounds the elements of a run."""
+def map_layout(tensor: Tensor, start: int) -> MapLayout:
+    """`start` divides the columns that blocks begin at: longer runs along "w" would not be read as such."""
     n, c, h, w = tensor.stride()
-    most = min(16 // tensor.element_size(), longest)
+    most = 16 // tensor.element_size()
     if channels_innermost(tensor):
         unit = math.gcd(n, h, w, most)
         return MapLayout("c", unit, (n // unit, c, h // unit, w // unit))
     if w == 1:
-        unit = math.gcd(n, c, h, tensor.shape[3], most)
+        unit = math.gcd(n, c, h, tensor.shape[3], most, start)
         return MapLayout("w", unit, (n // unit, c // unit, h // unit, w))
     return MapLayout("", 1, (n, c, h, w))
 

@@ -10,6 +10,7 @@ a call, in microseconds, without the driver's own work. In a process of its own,
 import json
 import sys
 import timeit
+from collections.abc import Callable
 
 import torch
 import triton
@@ -41,36 +42,54 @@ def main() -> None:
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: (runs.append(self.__name__), run(self, *args, **kwargs))[1]
 
-    def call(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> list[tuple]:
-        """What each operator launched."""
-        launched.clear()
+    def forward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> None:
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
         dlu.dlu_upsample_op._init_fn(features, space, offsets, 2, 5, 1)
         carafe.carafe_op._init_fn(features, meta(n, 25, 2 * h, 2 * w, layout=layout), 5, 1, 2)
         carafe.carafe_upsample_op._init_fn(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
         dlu.expand_kernels_op._init_fn(space, offsets, 2, 5, 1)
+
+    def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> None:
+        features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
+        output, masks = (meta(n, x, 2 * h, 2 * w, layout=layout) for x in (c, 25))
+        dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, 2, 5, 1, True, True, True)
+        carafe.carafe_backward_op._init_fn(output, features, masks, 5, 1, 2, True, True)
+        logits = meta(n, 100, h, w, layout=layout)
+        carafe.carafe_upsample_backward_op._init_fn(output, features, logits, 2, 5, 1, True, True)
+        dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, 2, 5, 1, True, True)
+
+    def call(run: Callable[..., None], *arguments: object) -> list[tuple]:
+        """What was launched."""
+        launched.clear()
+        run(*arguments)
         return [(grid, kernel, [_plain(argument) for argument in arguments]) for grid, kernel, arguments in launched]
 
-    report = {"compiled at first": {}, "compiled": {}, "repeated": {}, "launches": {}}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        name = str(layout).removeprefix("torch.")
-        before = driver.utils.loaded
-        first = call(2, 26, 42, layout)
-        report["compiled at first"][name] = driver.utils.loaded - before
-        report["launches"][name] = len(first)
-        before = driver.utils.loaded
-        for n, h, w in ((1, 13, 21), (8, 104, 168), (3, 25, 43), (2, 17, 64), (16, 5, 44), (1, 1, 2)):
-            call(n, h, w, layout)
-        report["compiled"][name] = driver.utils.loaded - before
-        runs.clear()
-        again = call(2, 26, 42, layout)
-        kept = list(runs)
-        _launch.forget_launches()
-        runs.clear()
-        afresh = call(2, 26, 42, layout)
-        report["repeated"][name] = {
-            "through Triton": len(kept), "afresh": len(runs), "same": first == again == afresh, "held": _held(_launch)
-        }  # fmt: skip
+    report = {}
+    for step in (forward, backward):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = report[f"{step.__name__} {str(layout).removeprefix('torch.')}"] = {}
+            before = driver.utils.loaded
+            first = call(step, 2, 26, 42, layout)
+            found["compiled at first"] = driver.utils.loaded - before
+            found["launches"] = len(first)
+            before = driver.utils.loaded
+            for n, h, w in ((1, 13, 21), (8, 104, 168), (3, 25, 43), (2, 17, 64), (16, 5, 44), (1, 1, 2)):
+                call(step, n, h, w, layout)
+            found["compiled"] = driver.utils.loaded - before
+            runs.clear()
+            again = call(step, 2, 26, 42, layout)
+            kept = list(runs)
+            _launch.forget_launches()
+            runs.clear()
+            afresh = call(step, 2, 26, 42, layout)
+            found["repeated"] = {
+                "through Triton": len(kept), "afresh": len(runs), "same": first == again == afresh,
+                "held": _held(_launch),
+            }  # fmt: skip
+    launched.clear()
+    tensors = [meta(2, x, 26, 42) for x in (64, 25, 8)]
+    dlu.dlu_upsample_backward_op._init_fn(meta(2, 64, 52, 84), *tensors, 2, 5, 1, True, True, True)
+    report["launches of a backward pass"] = len(launched)
     report["alike"] = alike(carafe)
     print(json.dumps(report))
 

@@ -23,20 +23,38 @@ def report():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward_passes_take_few_launches(report, layout):
     """Softmax and reassembly for DLU, one each for CARAFE with masks and with logits, softmax and sampling alone."""
-    assert report["launches"][layout] == 6
+    assert report[f"forward {layout}"]["launches"] == 6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_passes_take_few_launches(report, layout):
+    """Softmax, kernels, softmax again and features for DLU; features and kernels for CARAFE; softmax, sampling and
+    softmax again where there are no features."""
+    assert report[f"backward {layout}"]["launches"] == 4 + 2 + 2 + 3
+    assert report["launches of a backward pass"] == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_new_size_compiles_nothing(report, layout):
     """Even and odd, large and small, one image and many, after a call of another size."""
-    assert report["compiled at first"][layout] == 5  # softmax is the same twice
-    assert report["compiled"][layout] == 0
+    found = report[f"forward {layout}"]
+    assert found["compiled at first"] == 5  # softmax is the same twice
+    assert found["compiled"] == 0
+
+
+def test_a_new_size_compiles_gradients_where_its_runs_differ(report):
+    """In NCHW by what divides the width; with channels innermost nowhere."""
+    assert report["backward contiguous_format"]["compiled"] <= 15  # six sizes, three kernels
+    assert report["backward channels_last"]["compiled"] == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_call_alike_repeats_its_launches(report, layout):
+@pytest.mark.parametrize(("step", "launches"), [("forward", 5), ("backward", 11)])
+def test_a_call_alike_repeats_its_launches(report, step, launches, layout):
     """With the arguments that Triton would pass on, and without keeping tensors alive."""
-    assert report["repeated"][layout] == {"through Triton": 0, "afresh": 5, "same": True, "held": 0}
+    repeated = report[f"{step} {layout}"]["repeated"]
+    assert repeated.pop("afresh") == (launches if step == "forward" else launches - 1)  # alike: softmax of two operators
+    assert repeated == {"through Triton": 0, "same": True, "held": 0}
 
 
 def test_calls_that_differ_are_told_apart(report):

@@ -453,6 +453,27 @@ def test_fused_forward_allocates_neither_masks_nor_grid(operator, device, monkey
     assert [list(tensor.shape) for tensor in allocated] == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_backward_allocates_only_the_normalised_kernels(dtype, channels_last, device, monkeypatch):
+    """Beside the gradients: sums of the kernels' gradients lie where the features' gradient is written last."""
+    case = Case("", channels=64, height=4, width=4, kernel_size=5, channels_last=channels_last)
+    arguments = _verify.inputs("dlu_upsample", case, dtype, device)
+    grad_output = arguments.pop("grad_output")
+    allocated = []
+    for name in ("empty", "zeros", "empty_like", "zeros_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *args, make=make, **kwargs: (allocated.append(make(*args, **kwargs)), allocated[-1])[1]
+        )
+    gradients = dlu_ops.dlu_upsample_backward_op(grad_output, *arguments.values(), 2, 5, 1, True, True, True)
+    returned = {gradient.data_ptr() for gradient in gradients}
+    extra = [tensor for tensor in allocated if tensor.data_ptr() not in returned]
+    assert [list(tensor.shape) for tensor in extra] == [[1, 1, 4, 4, 32]]
+    if dtype != torch.float32:  # whose padded kernels are as large as the padded gradient
+        assert extra[0].nbytes <= 4 * arguments["kernel_space"].numel()
+
+
 def test_reference_never_builds_the_unfolded_tensor():
     """Every tensor it makes is about as large as the output or the masks; unfolding takes 25 times as much."""
     sizes = []

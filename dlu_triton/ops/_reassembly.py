@@ -92,8 +92,10 @@ def _backward_features_launch(
     offsets = offsets[0] if offsets else None
     n, c, h, w = grad_features.shape
     dtype = grad_features.dtype
-    layout, grad_layout = _launch.map_layout(grad_output), _launch.map_layout(grad_features)
-    strip = _launch.gather_strip(scale_factor, kernel_size, dtype.itemsize, layout.INNER == "c")
+    strip = _launch.gather_strip(scale_factor, kernel_size, dtype.itemsize, _launch.channels_innermost(grad_output))
+    start = scale_factor * math.gcd(strip.STRIP_W, kernel_size // 2)
+    layout = _launch.map_layout(grad_output, math.gcd(start, strip.BLOCK_W))
+    grad_layout = _launch.map_layout(grad_features, strip.STRIP_W)
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
     block, warps = _launch.gather_channels(dtype, c // groups, columns * steps)
     slices = _launch.cdiv(c // groups, block)
@@ -157,7 +159,7 @@ def _backward_kernels_launch(
     tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
     tiles_h, tiles_w = _tiles(grad_output, tile)
     block = _launch.channel_block(dtype, c // groups)
-    layout, grad_layout = _launch.map_layout(features), _launch.map_layout(grad_output, tile.BLOCK_W)
+    layout, grad_layout = _launch.map_layout(features, 2), _launch.map_layout(grad_output, tile.BLOCK_W)
     arguments = (
         grad_output, *grad_layout.strides,
         features, *layout.strides,
