@@ -17,6 +17,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # since each makes the kernels of the tile again. Not measured.
 ENOUGH_PROGRAMS = 1024
 
+# Programs of the feature gradient that run at a time: one on each SM of the largest GPUs, for its registers.
+PROGRAMS_AT_A_TIME = 132
+
 # Beyond, kernels compute with 64 bits; a tile may reach a little past an image, in offsets that are masked.
 MOST_32_BIT_OFFSETS = 2**31 - 2**24
 
@@ -190,15 +193,9 @@ def options(kernel_size: int, outputs: int = 0, *, all_registers: bool = False) 
     return {"num_warps": warps, "num_stages": 1, **(most_registers() if all_registers else {})}
 
 
-def most_registers(number: int = 255) -> dict[str, int]:
-    """Lets ptxas take so many registers: left to itself, it spills a few of some kernels for occupancy."""
-    return {"maxnreg": number} if torch.version.hip is None else {}
-
-
-def sampling_registers(dtype: torch.dtype, kernel_size: int) -> dict[str, int]:
-    """The same for the adjoint of sampling, which takes more of them than the product before it: as many as leave room
-    for three programs of four warps on an SM, where these are enough."""
-    return most_registers(168 if dtype != torch.float64 and kernel_size <= 5 else 255)
+def most_registers() -> dict[str, int]:
+    """Lets ptxas take all registers: left to itself, it spills a few of some kernels for occupancy."""
+    return {"maxnreg": 255} if torch.version.hip is None else {}
 
 
 # Outputs of a forward program, window pixels of a product, and warps, for kernels of 5 x 5: by itemsize, whether
@@ -264,11 +261,14 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
     return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
 
 
-def cells(tile: Tile, scale_factor: int) -> dict[str, int]:
-    """The window of the kernel space in which a tile's gradients are summed before they are added: two cells beyond the
-    tile to each side, but no more than 8 x 8."""
-    height, width = (min(8, power_of_2(cdiv(block, scale_factor) + 4)) for block in (tile.BLOCK_H, tile.BLOCK_W))
-    return {"CELLS_H": height, "CELLS_W": width}
+def cells(dtype: torch.dtype) -> int:
+    """Sides of the window of the kernel space in which gradients of a tile are summed before they are added: the tile
+    and about two cells around it. None where that product spills: in float64, and where its operands do not come from
+    shared memory, before sm_90."""
+    if dtype == torch.float64:
+        return 0
+    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
+    return 0 if target is not None and target.backend == "cuda" and target.arch < 90 else 8
 
 
 class Strip(NamedTuple):
@@ -290,7 +290,7 @@ def gather_strip(scale_factor: int, kernel_size: int, itemsize: int, channels_la
     step_h = max(4, power_of_2(2 * (kernel_size // 2)))
     strip_w = max(4, (16 if itemsize == 8 else 32) // step_h)
     span_h, span_w = scale_factor * step_h, scale_factor * (strip_w + kernel_size - 1)
-    most = min(64 if itemsize == 2 else 32, _most_outputs(kernel_size, itemsize))
+    most = min(64 if itemsize == 2 else 32, _most_outputs(kernel_size, 2 if itemsize == 2 else 8))
     strips = [
         Strip(step_h, strip_w, block_h, block_w, span_h // block_h, cdiv(span_w, block_w))
         for block_h in (1, 2, 4, 8)
@@ -306,13 +306,24 @@ def gather_strip(scale_factor: int, kernel_size: int, itemsize: int, channels_la
     return min(strips, key=cost)
 
 
-def gather_channels(dtype: torch.dtype, channels_per_group: int, programs: int) -> tuple[int, int]:
+def gather_channels(dtype: torch.dtype, channels_per_group: int, kernel_size: int, programs: int) -> tuple[int, int]:
     """Channels and warps of a program of the feature gradient: all of a group where that leaves enough programs, as
     each program makes the kernels again."""
-    block = channel_block(dtype, channels_per_group, {2: 256, 4: 256, 8: 16}[dtype.itemsize])
+    block = channel_block(dtype, channels_per_group, 16 if dtype == torch.float64 else 256)
     while block > 64 and programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4:
         block //= 2
-    return block, 8 if block > 128 else 4
+    return block, 8 if block * dtype.itemsize > 256 or kernel_size > 5 else 4
+
+
+@cache
+def strip_steps(columns: int, steps: int) -> int:
+    """Steps of a strip, of which there are `columns` side by side: each begins with one step more, so few, unless too
+    few programs would run at a time."""
+
+    def time(strips: int) -> int:
+        return cdiv(columns * strips, PROGRAMS_AT_A_TIME) * (cdiv(steps, strips) + 1)
+
+    return cdiv(steps, min(range(1, steps + 1), key=time))
 
 
 def _most_outputs(kernel_size: int, itemsize: int) -> int:

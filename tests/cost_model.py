@@ -219,7 +219,7 @@ def features_cost(tile: Tile, program: Program) -> Cost:
 
 
 def kernels_cost(tile: Tile, program: Program) -> Cost:
-    """Without the additions to the kernel space's gradient in instructions and lines; their bytes are counted once."""
+    """By the window of cells, with no output apart; additions to memory are not in the lines, and in bytes once."""
     a, pixels = tile.arguments, tile.outputs / tile.area
     gradients = 4 * 32 + 2 * tile.itemsize * tile.area if tile.sampled else tile.kernels()
     read = tile.normalised() if tile.shape.operator != "carafe" else 0
@@ -227,7 +227,7 @@ def kernels_cost(tile: Tile, program: Program) -> Cost:
         f"{a['BLOCK_H']} x {a['BLOCK_W']}",
         pixels * (tile.source * (1 + tile.area) + read + gradients),
         tile.window * tile.source + tile.outputs * tile.source + pixels * read,
-        program.executed(tile.turns),
+        program.executed(tile.turns, "REDG" if tile.sampled else ""),
         tile.products(tile.outputs, tile.window),
         tile.corners(tile.outputs) + tile.lines(a["BLOCK_H"], a["BLOCK_W"]) + tile.lines(a["WINDOW_H"], a["WINDOW_W"]),
     )

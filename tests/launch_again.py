@@ -49,7 +49,7 @@ def main() -> None:
         carafe.carafe_upsample_op._init_fn(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
         dlu.expand_kernels_op._init_fn(space, offsets, 2, 5, 1)
 
-    def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> None:
+    def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 256) -> None:
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
         output, masks = (meta(n, x, 2 * h, 2 * w, layout=layout) for x in (c, 25))
         dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, 2, 5, 1, True, True, True)

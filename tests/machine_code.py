@@ -117,6 +117,18 @@ class Program:
                     heapq.heappush(queue, (longer, after))
         return None
 
+    def _shortest_by(self, start: int, opcode: str) -> Counter[str]:
+        if not opcode:
+            return self.shortest(start, None)
+        found = []
+        for address, block in self.blocks.items():
+            if any(each.opcode.startswith(opcode) for each in block):
+                there, back = self.shortest(start, address), self.shortest(address, None)
+                if there is not None and back is not None:
+                    there.subtract(each.opcode for each in block)
+                    found.append(there + back)
+        return min(found, key=Counter.total)
+
     def _products(self) -> dict[tuple[int, int], Counter[str]]:
         """Loops that multiply matrices, and the opcodes of a turn."""
         bodies = {loop: self.shortest(loop[1], loop[0]) for loop in self.loops}
@@ -157,13 +169,14 @@ class Program:
             total[name] += turns * count
         return total
 
-    def executed(self, turns: int) -> Counter[str]:
-        """Opcodes that a warp executes which takes the shortest loop that multiplies matrices for so many turns."""
+    def executed(self, turns: int, by: str = "") -> Counter[str]:
+        """Opcodes that a warp executes which takes the shortest loop that multiplies matrices for so many turns, and
+        after it the shortest way by an instruction of that kind."""
         bodies = self._products()
         if not bodies:  # unrolled
             return self.shortest(self.entry, None)
         (last, first), body = min(bodies.items(), key=lambda item: item[1].total())
-        before, after = self.shortest(self.entry, first), self.shortest(last, None)
+        before, after = self.shortest(self.entry, first), self._shortest_by(last, by)
         before.subtract(each.opcode for each in self.blocks[first])
         after.subtract(each.opcode for each in self.blocks[last])
         total = before + after

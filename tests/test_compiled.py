@@ -157,7 +157,8 @@ def test_gradients_use_tensor_cores_and_wide_loads(models):
         assert row["wgmma"] > 0, case
         assert row["wide loads"] > 0, case
         assert row["warps"] >= 8, case
-        assert row["scalar loads"] <= (40 if row["operator"] == "carafe_upsample" else 12), case
+        # Of offsets, two for each piece of outputs; logits are far from each other.
+        assert row["scalar loads"] <= (40 if row["operator"] == "carafe_upsample" else 3 * row["scale"] ** 2), case
 
 
 def test_room_for_the_adjoint_of_sampling(models):

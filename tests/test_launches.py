@@ -43,9 +43,9 @@ def test_a_new_size_compiles_nothing(report, layout):
 
 
 def test_a_new_size_compiles_gradients_where_its_runs_differ(report):
-    """In NCHW by what divides the width; with channels innermost nowhere."""
-    assert report["backward contiguous_format"]["compiled"] <= 15  # six sizes, three kernels
-    assert report["backward channels_last"]["compiled"] == 0
+    """In NCHW by what divides the width; everywhere where a small map has its channels shared out in smaller blocks."""
+    assert report["backward contiguous_format"]["compiled"] <= 20  # six sizes, three operators with features
+    assert report["backward channels_last"]["compiled"] <= 6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,7 +53,7 @@ def test_a_new_size_compiles_gradients_where_its_runs_differ(report):
 def test_a_call_alike_repeats_its_launches(report, step, launches, layout):
     """With the arguments that Triton would pass on, and without keeping tensors alive."""
     repeated = report[f"{step} {layout}"]["repeated"]
-    assert repeated.pop("afresh") == (launches if step == "forward" else launches - 1)  # alike: softmax of two operators
+    assert repeated.pop("afresh") == (launches if step == "forward" else launches - 1)  # two softmaxes are alike
     assert repeated == {"through Triton": 0, "same": True, "held": 0}
 
 

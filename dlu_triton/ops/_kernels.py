@@ -214,10 +214,10 @@ def _once(x):
 
 
 @triton.jit
-def _fixed_point_scale(largest, count_bits):
-    """Powers of two, one the inverse of the other, by which gradients become 64-bit integers and sums of these again
-    gradients: the sum of 2^count_bits numbers, none beyond `largest`, times their weights in [0, 1], stays below 2^62.
-    The inverse is NaN where `largest` is not finite.
+def _fixed_point(largest, count_bits, INVERSE: tl.constexpr):
+    """Two powers of two, one after the other since their product may pass the exponents, by which gradients become
+    64-bit integers, or sums of these again gradients: the sum of 2^count_bits numbers, none beyond `largest`, times
+    their weights in [0, 1], stays below 2^62. NaN for the way back where `largest` is not finite.
     """
     if largest.dtype == tl.float64:
         BITS: tl.constexpr = tl.int64
@@ -228,33 +228,47 @@ def _fixed_point_scale(largest, count_bits):
         MANTISSA: tl.constexpr = 23
         BIAS: tl.constexpr = 127
     field = (largest.to(BITS, bitcast=True) >> MANTISSA) & (2 * BIAS + 1)  # 2^(field - BIAS) <= largest, and not twice
-    power = tl.minimum(61 - count_bits + BIAS - 1 - field, BIAS - 1)
-    scale = ((power + BIAS) << MANTISSA).to(largest.dtype, bitcast=True)
-    inverse = ((BIAS - power) << MANTISSA).to(largest.dtype, bitcast=True)
-    return scale, tl.where(field == 2 * BIAS + 1, float("nan"), inverse)
+    power = 61 - count_bits + BIAS - 1 - field
+    first, second = power >> 1, power - (power >> 1)
+    if INVERSE:
+        first, second = -first, -second
+    first = ((first + BIAS) << MANTISSA).to(largest.dtype, bitcast=True)
+    second = ((second + BIAS) << MANTISSA).to(largest.dtype, bitcast=True)
+    if INVERSE:
+        first = tl.where(field == 2 * BIAS + 1, float("nan"), first)
+    return first, second
 
 
 @triton.jit
 def _add_to_cells(
-    plane_ptr, y, x, height, width, gradients, present, scale, count_bits,
+    plane_ptr, y, x, height, width, gradients, present, largest, count_bits,
     KERNEL: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Add gradients [P, TAPS] to the kernels at (y, x), by atomic additions into zeros: offsets are unbounded, so any
-    output may reach any cell. As integers, whose sums do not depend on their order, where the plane holds these.
+    output may reach any cell. Where `largest` is given, as integers, whose sums do not depend on their order.
     """
     offsets = _cell_offsets(y, x, width, TAPS, INDEX)
     fours = tl.arange(0, TAPS) // 4 < (KERNEL * KERNEL + 3) // 4  # as many as sm_90 adds at a time
     mask = present[:, None] & fours[None, :]
-    if plane_ptr.dtype.element_ty == tl.int64:
-        gradients = gradients * scale
-        whole = gradients.to(tl.int64)
+    if largest is None:
+        tl.atomic_add(plane_ptr + offsets, gradients, mask=mask, sem="relaxed")
+    else:
+        first, second = _fixed_point(largest, count_bits, False)
+        gradients = gradients * first * second
+        whole = gradients.to(tl.int64)  # truncated, by less than a unit
         tl.atomic_add(plane_ptr + offsets, whole, mask=mask, sem="relaxed")
-        if gradients.dtype == tl.float64:  # what 62 bits leave of 53 and the largest's distance
+        if gradients.dtype == tl.float64:  # what 62 bits leave of 53 and the distance from the largest
             rest = (gradients - whole.to(tl.float64)) * (tl.full([], 1, tl.int64) << (61 - count_bits)).to(tl.float64)
             plane_ptr += height.to(tl.int64) * width * TAPS
             tl.atomic_add(plane_ptr + offsets, rest.to(tl.int64), mask=mask, sem="relaxed")
-    else:
-        tl.atomic_add(plane_ptr + offsets, gradients, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _cell_weights(start, low, high, fraction, inside, CELLS: tl.constexpr):
+    """Weights of CELLS cells from `start` on, along one axis, in samples between `low` and `high`: [CELLS, M]."""
+    cells = (start + tl.arange(0, CELLS))[:, None]
+    low, high = tl.where(inside, low, start - 1)[None, :], tl.where(inside, high, start - 1)[None, :]
+    return tl.where(cells == low, 1 - fraction[None, :], tl.where(cells == high, fraction[None, :], 0.0))
 
 
 @triton.jit
@@ -262,11 +276,11 @@ def _sampling_adjoint(
     grad_taps,  # [M, TAPS]
     space_ptr,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-    grad_space_ptr, largest_ptr, count_bits,  # None when not asked for; see `_fixed_point_scale` for the last two
+    grad_space_ptr, largest_ptr, count_bits,  # None when not asked for; see `_fixed_point` for the last two
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,  # None when they are not asked for
     image, group, groups, y, x, rows, cols, valid, height, width,
     SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    CELLS_H: tl.constexpr, CELLS_W: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    CELLS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the gradient of a tile's sampled taps to that of the kernel space, and store that of the offsets."""
     y0, y1, x0, x1, fy, fx, moves_y, moves_x = _sampling_point(
@@ -287,65 +301,60 @@ def _sampling_adjoint(
         grad_dy = tl.where(moves_y, (c10 - c00) * (1 - fx) + (c11 - c01) * fx, 0.0)
         tl.store(dx_ptrs, grad_dx.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
         tl.store(dy_ptrs, grad_dy.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
-        probe = c00
-    else:
-        probe = tl.sum(grad_taps, axis=1)
     if grad_space_ptr is not None:
         y0, x0, fy, fx = _once(y0), _once(x0), _once(fy), _once(fx)
         y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
-        plane_ptr, scale = grad_space_ptr, None
         if largest_ptr is None:
+            largest = None
             plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
         else:
             LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
             plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
             largest_ptr += image * groups + group
-            scale, _ = _fixed_point_scale(tl.load(largest_ptr), count_bits)
-            tl.store(
-                largest_ptr, float("nan"), mask=tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int32), axis=0) > 0
-            )
-        # A window of cells around the tile: where no point leaves it, a matrix product sums the tile's gradients, and
+            largest = tl.load(largest_ptr)
+            unknown = tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int32), axis=0) > 0
+            tl.store(largest_ptr, float("nan"), mask=unknown)
+        # Outputs whose points stay in a window of cells around the tile are summed by a matrix product first, so that
         # each cell takes one addition instead of four for each output.
-        window_y = y // SCALE - (CELLS_H - BLOCK_H // SCALE) // 2
-        window_x = x // SCALE - (CELLS_W - BLOCK_W // SCALE) // 2
-        inside = (y0 >= window_y) & (y1 < window_y + CELLS_H) & (x0 >= window_x) & (x1 < window_x + CELLS_W)
-        inside &= (fy == fy) & (fx == fx) & (tl.abs(probe) < float("inf"))  # zeros of the product would spread others
-        if tl.min((inside | ~valid).to(tl.int32), axis=0) > 0:
-            cells_y = (window_y + tl.arange(0, CELLS_H))[:, None]
-            cells_x = (window_x + tl.arange(0, CELLS_W))[:, None]
-            weights_y = tl.where(
-                cells_y == y0[None, :], 1 - fy[None, :], tl.where(cells_y == y1[None, :], fy[None, :], 0)
-            )
-            weights_x = tl.where(
-                cells_x == x0[None, :], 1 - fx[None, :], tl.where(cells_x == x1[None, :], fx[None, :], 0)
-            )
-            weights = weights_y[:, None, :] * weights_x[None, :, :]
-            weights = tl.reshape(weights, [CELLS_H * CELLS_W, BLOCK_H * BLOCK_W])  # [Q, M]
-            sums = tl.zeros([CELLS_H * CELLS_W, TAPS], ACC)
-            sums = _multiply_add(weights, grad_taps, sums, PRECISION, ACC)  # [Q, TAPS]
-            cells = tl.arange(0, CELLS_H * CELLS_W)
-            cells_y, cells_x = window_y + cells // CELLS_W, window_x + cells % CELLS_W
-            touched = (tl.sum(weights, axis=1) != 0) & (cells_y >= 0) & (cells_y < height)
-            touched &= (cells_x >= 0) & (cells_x < width)
-            _add_to_cells(
-                plane_ptr, cells_y, cells_x, height, width, sums, touched, scale, count_bits, KERNEL, TAPS, INDEX
-            )
-        else:
+        apart = valid
+        if CELLS > 0:
+            window_y = y // SCALE - (CELLS - BLOCK_H // SCALE) // 2
+            window_x = x // SCALE - (CELLS - BLOCK_W // SCALE) // 2
+            inside = (y0 >= window_y) & (y1 < window_y + CELLS) & (x0 >= window_x) & (x1 < window_x + CELLS)
+            inside &= valid & (fy == fy) & (fx == fx)
+            total = tl.zeros([BLOCK_H * BLOCK_W], ACC) + tl.sum(grad_taps)
+            inside &= tl.abs(total) < float("inf")  # else the product would spread what is not finite
+            apart = valid & ~inside
+            if tl.max(inside.to(tl.int32), axis=0) > 0:
+                weights_y = _cell_weights(window_y, y0, y1, fy, inside, CELLS)  # [CELLS, M]
+                weights_x = _cell_weights(window_x, x0, x1, fx, inside, CELLS)  # [CELLS, M]
+                weights = weights_y[:, None, :] * weights_x[None, :, :]
+                weights = tl.reshape(weights, [CELLS * CELLS, BLOCK_H * BLOCK_W])  # [Q, M]
+                sums = tl.zeros([CELLS * CELLS, TAPS], ACC)
+                sums = _multiply_add(weights, grad_taps, sums, PRECISION, ACC)  # [Q, TAPS]
+                cells = tl.arange(0, CELLS * CELLS)
+                cells_y, cells_x = window_y + cells // CELLS, window_x + cells % CELLS
+                touched = (tl.sum(weights, axis=1) != 0) & (cells_y >= 0) & (cells_y < height)
+                touched &= (cells_x >= 0) & (cells_x < width)
+                _add_to_cells(
+                    plane_ptr, cells_y, cells_x, height, width, sums, touched, largest, count_bits, KERNEL, TAPS, INDEX
+                )
+        if tl.max(apart.to(tl.int32), axis=0) > 0:
             w00, w01, w10, w11 = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
             _add_to_cells(
-                plane_ptr, y0, x0, height, width, grad_taps * w00[:, None], valid, scale, count_bits,
+                plane_ptr, y0, x0, height, width, grad_taps * w00[:, None], apart, largest, count_bits,
                 KERNEL, TAPS, INDEX,
             )  # fmt: skip
             _add_to_cells(
-                plane_ptr, y0, x1, height, width, grad_taps * w01[:, None], valid, scale, count_bits,
+                plane_ptr, y0, x1, height, width, grad_taps * w01[:, None], apart, largest, count_bits,
                 KERNEL, TAPS, INDEX,
             )  # fmt: skip
             _add_to_cells(
-                plane_ptr, y1, x0, height, width, grad_taps * w10[:, None], valid, scale, count_bits,
+                plane_ptr, y1, x0, height, width, grad_taps * w10[:, None], apart, largest, count_bits,
                 KERNEL, TAPS, INDEX,
             )  # fmt: skip
             _add_to_cells(
-                plane_ptr, y1, x1, height, width, grad_taps * w11[:, None], valid, scale, count_bits,
+                plane_ptr, y1, x1, height, width, grad_taps * w11[:, None], apart, largest, count_bits,
                 KERNEL, TAPS, INDEX,
             )  # fmt: skip
 
@@ -438,7 +447,7 @@ def softmax_forward(
 ])  # fmt: skip
 def softmax_backward(
     logits_ptr, stride_ln, stride_lg, stride_lt, stride_lh, stride_lw,
-    grad_space_ptr, largest_ptr, count_bits,  # None, or integers as `_fixed_point_scale` has them
+    grad_space_ptr, largest_ptr, count_bits,  # None, or integers as `_fixed_point` has them
     grad_logits_ptr, stride_gn, stride_gg, stride_gt, stride_gh, stride_gw,
     height, width, groups, blocks,
     TAPS_INNER: tl.constexpr, GRAD_TAPS_INNER: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
@@ -458,7 +467,7 @@ def softmax_backward(
         grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
         grad = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0.0)  # [P, TAPS]
     else:
-        _, inverse = _fixed_point_scale(tl.load(largest_ptr + plane), count_bits)
+        first, second = _fixed_point(tl.load(largest_ptr + plane), count_bits, True)
         LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
         grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
         grad = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0).to(ACC)  # [P, TAPS]
@@ -466,7 +475,7 @@ def softmax_backward(
             grad_space_ptr += height.to(tl.int64) * width * TAPS
             rest = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0).to(ACC)
             grad += rest / (tl.full([], 1, tl.int64) << (61 - count_bits)).to(ACC)
-        grad *= inverse
+        grad = grad * first * second
     grad = tl.where((tl.arange(0, TAPS) < KERNEL * KERNEL)[None, :], grad, 0.0)
     grad = _softmax_adjoint(space, grad).to(grad_logits_ptr.dtype.element_ty)
     grad_logits_ptr += image * stride_gn + group * stride_gg
@@ -519,7 +528,7 @@ def sample_backward(
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
     height, width, tiles_h, tiles_w, groups,
     TAPS_INNER: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CELLS: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sampled kernels -> gradients of the normalised kernel space and of the offsets."""
@@ -538,7 +547,7 @@ def sample_backward(
         grad_space_ptr, largest_ptr, count_bits,
         grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
         image, group, groups, y, x, rows, cols, valid, height, width,
-        SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS_H, CELLS_W, ACC, INDEX, SUM_PRECISION,
+        SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS, ACC, INDEX, SUM_PRECISION,
     )  # fmt: skip
 
 
@@ -748,10 +757,16 @@ def _map_offsets(
     if INNER == "c":
         offsets = ((rows * stride_h + cols * stride_w) * UNIT)[:, None] + channels
     elif INNER == "w":
-        offsets = (rows * (stride_h * UNIT) + cols)[:, None] + channels * (stride_c * UNIT)
+        offsets = (rows * stride_h * UNIT + cols)[:, None] + channels * stride_c * UNIT
     else:
         offsets = (rows * stride_h + cols * stride_w)[:, None] + channels * stride_c
     return offsets if SIGNED else _unsigned(offsets)
+
+
+@triton.jit
+def _channel_offset(channel, stride_c, INNER: tl.constexpr, UNIT: tl.constexpr):
+    """Offset of a 64-bit channel in a map as `_map_offsets` has it."""
+    return channel * stride_c * (UNIT if INNER == "w" else 1)
 
 
 @triton.jit
@@ -775,14 +790,15 @@ def _gather_strip(
     kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_features_ptr, stride_xc, stride_xh, stride_xw,  # of one image
-    image, group, groups, strip_y, strip_x, steps, channels, present, height, width,
+    above, below,  # [C, Q], of the step before
+    image, group, groups, strip_y, strip_x, first_step, last_step, channels, present, height, width,
     MASKED: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr,
     TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     STEP_H: tl.constexpr, STRIP_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     PIECES_H: tl.constexpr, PIECES_W: tl.constexpr, BLOCK_C: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, ROUND: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a strip, STEP_H rows at a time.
+    """The gradients of steps of a strip, STEP_H rows each.
 
     Outputs of STEP_H source rows reach the rows `above` and `below` their middle, as many each; after a step `above`
     is complete, and `below` is what the next one goes on with.
@@ -795,9 +811,7 @@ def _gather_strip(
     piece_rows, piece_cols = _tile_pixels(0, 0, BLOCK_H, BLOCK_W)  # [M]
     piece_offsets = _map_offsets(piece_rows, piece_cols, channels, stride_yc, stride_yh, stride_yw, INNER, UNIT, INDEX)
     output_width = width * SCALE // UNIT * UNIT if INNER == "w" else width * SCALE
-    above = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
-    below = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
-    for step in range(0, steps + 1):
+    for step in range(first_step, last_step):
         source_y, source_x = strip_y + (step - 1) * STEP_H + RADIUS, strip_x - RADIUS
         if MASKED:
             first_y, pieces_h = _pieces_inside(source_y * SCALE, height * SCALE, BLOCK_H, PIECES_H)
@@ -815,7 +829,7 @@ def _gather_strip(
                 offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
                 image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, LOGITS, ACC, INDEX,
             ).to(ROUND)  # [M, TAPS]  # fmt: skip
-            taps = tl.where((tl.arange(0, TAPS) < KERNEL * KERNEL)[None, :], taps, 0.0)  # no NaN out of reach
+            taps = tl.where(_both(valid, tl.arange(0, TAPS) < KERNEL * KERNEL), taps, 0.0)  # no NaN out of reach
             if (BLOCK_H % SCALE == 0 or SCALE % BLOCK_H == 0) and (BLOCK_W % SCALE == 0 or SCALE % BLOCK_W == 0):
                 first_rows, first_cols = piece_rows // SCALE, piece_cols // SCALE  # the same in every piece
                 reach_rows, reach_cols = target_rows - piece_y // SCALE, target_cols - piece_x // SCALE + 2 * RADIUS
@@ -846,6 +860,7 @@ def _gather_strip(
                 tl.store(pointers, gradients, mask=present[:, None])
         above = below
         below = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)
+    return above, below
 
 
 @triton.jit(do_not_specialize=[
@@ -879,21 +894,28 @@ def reassemble_backward_features(
     present = None if RUN == BLOCK_C else present
     channels = group * channels_per_group + block + tl.arange(0, BLOCK_C)  # [C]
     strip_y, strip_x = tile_y * steps * STEP_H, tile_x * STRIP_W
-    first, last = strip_y - STEP_H + KERNEL // 2, strip_y + steps * STEP_H + KERNEL // 2
-    inside = (first >= 0) & (last <= height)
-    first, last = strip_x - KERNEL // 2, (strip_x - KERNEL // 2) * SCALE + PIECES_W * BLOCK_W
-    inside &= (first >= 0) & (last <= width * SCALE)
-    for masked in tl.static_range(2):  # a copy for what is inside as a whole
-        if inside != masked:
-            _gather_strip(
-                grad_output_ptr + image * stride_yn * UNIT, stride_yc, stride_yh, stride_yw,
-                kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
-                offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
-                grad_features_ptr + image * stride_xn * GRAD_UNIT, stride_xc, stride_xh, stride_xw,
-                image, group, groups, strip_y, strip_x, steps, channels, present, height, width,
-                masked, INNER, UNIT, GRAD_INNER, GRAD_UNIT, TAPS_INNER, LOGITS, SCALE, KERNEL, TAPS,
-                STEP_H, STRIP_W, BLOCK_H, BLOCK_W, PIECES_H, PIECES_W, BLOCK_C, INDEX, ACC, ROUND, OPERAND, PRECISION,
-            )  # fmt: skip
+    # Steps whose outputs are inside the map as a whole need no masks.
+    RADIUS: tl.constexpr = KERNEL // 2
+    first = tl.maximum(2 * STEP_H - 1 - RADIUS - strip_y, 0) // STEP_H
+    last = tl.maximum(STEP_H - RADIUS + height - strip_y, 0) // STEP_H
+    last = tl.minimum(tl.maximum(first, last), steps + 1)
+    columns_inside = (strip_x >= RADIUS) & ((strip_x - RADIUS) * SCALE + PIECES_W * BLOCK_W <= width * SCALE)
+    first = tl.where(columns_inside, first, steps + 1)
+    last = tl.where(columns_inside, last, steps + 1)
+    above = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
+    below = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
+    for part in tl.static_range(3):
+        above, below = _gather_strip(
+            grad_output_ptr + image * stride_yn * UNIT, stride_yc, stride_yh, stride_yw,
+            kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
+            offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
+            grad_features_ptr + image * stride_xn * GRAD_UNIT, stride_xc, stride_xh, stride_xw,
+            above, below, image, group, groups, strip_y, strip_x,
+            0 if part == 0 else first if part == 1 else last, first if part == 0 else last if part == 1 else steps + 1,
+            channels, present, height, width,
+            part != 1, INNER, UNIT, GRAD_INNER, GRAD_UNIT, TAPS_INNER, LOGITS, SCALE, KERNEL, TAPS,
+            STEP_H, STRIP_W, BLOCK_H, BLOCK_W, PIECES_H, PIECES_W, BLOCK_C, INDEX, ACC, ROUND, OPERAND, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
@@ -914,7 +936,7 @@ def reassemble_backward_kernels(
     RUN: tl.constexpr, TAPS_INNER: tl.constexpr, GRAD_TAPS_INNER: tl.constexpr,
     LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, CELLS_H: tl.constexpr, CELLS_W: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, CELLS: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one output tile's kernels; stored, or taken on through softmax or sampling first."""
@@ -938,8 +960,6 @@ def reassemble_backward_kernels(
         inside_rows, inside_cols, channels, stride_yc, stride_yh, stride_yw, GRAD_INNER, GRAD_UNIT, INDEX
     )  # [M, C]  # fmt: skip
     first_channel = (group * channels_per_group).to(tl.int64)
-    output_step = stride_yc * GRAD_UNIT if GRAD_INNER == "w" else 1 if GRAD_INNER == "c" else stride_yc
-    feature_step = stride_xc * UNIT if INNER == "w" else 1 if INNER == "c" else stride_xc
     grad_output_ptr += image * stride_yn * GRAD_UNIT
     features_ptr += image * stride_xn * UNIT
     # Where in the window each tap of each output is; what is beyond the last tap is zero in the kernels, or not stored.
@@ -959,9 +979,13 @@ def reassemble_backward_kernels(
         for block in range(0, channels_per_group, BLOCK_C):
             present = block // RUN + channels // RUN < channels_per_group // RUN
             present = None if RUN == BLOCK_C else present
-            pointers = features_ptr + (first_channel + block) * feature_step + window_offsets
+            pointers = features_ptr + _channel_offset(first_channel + block, stride_xc, INNER, UNIT) + window_offsets
             features = _load(pointers, _both(inside, present)).to(OPERAND)  # [Q, C]
-            pointers = grad_output_ptr + (first_channel + block) * output_step + output_offsets
+            pointers = (
+                grad_output_ptr
+                + _channel_offset(first_channel + block, stride_yc, GRAD_INNER, GRAD_UNIT)
+                + output_offsets
+            )
             grad_output = _load(pointers, None if present is None else present[None, :]).to(OPERAND)  # [M, C]
             grad_band = _multiply_add(grad_output, tl.trans(features), grad_band, PRECISION, ACC)
         if WINDOW_H * WINDOW_W <= BLOCK_Q:
@@ -977,7 +1001,7 @@ def reassemble_backward_kernels(
             grad_space_ptr, None, None,
             grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
             image, group, groups, y, x, rows, cols, valid, height, width,
-            SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS_H, CELLS_W, ACC, INDEX, SUM_PRECISION,
+            SCALE, KERNEL, TAPS, BLOCK_H, BLOCK_W, CELLS, ACC, INDEX, SUM_PRECISION,
         )  # fmt: skip
     else:
         if LOGITS:

@@ -97,9 +97,10 @@ def _backward_features_launch(
     layout = _launch.map_layout(grad_output, math.gcd(start, strip.BLOCK_W))
     grad_layout = _launch.map_layout(grad_features, strip.STRIP_W)
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
-    block, warps = _launch.gather_channels(dtype, c // groups, columns * steps)
+    block, warps = _launch.gather_channels(dtype, c // groups, kernel_size, columns * steps)
     slices = _launch.cdiv(c // groups, block)
-    tiles_h, steps = _launch.shares(columns * slices, steps, 1)
+    steps = _launch.strip_steps(columns * slices, steps)
+    tiles_h = _launch.cdiv(h, steps * strip.STEP_H)
     arguments = (
         grad_output, *layout.strides,
         *_taps(kernels, offsets, groups),
@@ -158,7 +159,7 @@ def _backward_kernels_launch(
     dtype = features.dtype
     tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
     tiles_h, tiles_w = _tiles(grad_output, tile)
-    block = _launch.channel_block(dtype, c // groups)
+    block, cells = _launch.channel_block(dtype, c // groups), _launch.cells(dtype)
     layout, grad_layout = _launch.map_layout(features, 2), _launch.map_layout(grad_output, tile.BLOCK_W)
     arguments = (
         grad_output, *grad_layout.strides,
@@ -175,11 +176,12 @@ def _backward_kernels_launch(
         GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT, RUN=math.gcd(c // groups, block),
         TAPS_INNER=_launch.taps_inner(kernels) if logits else "", GRAD_TAPS_INNER=_launch.taps_inner(grad_kernels),
         LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-        **tile._asdict(), BLOCK_C=block, **_launch.cells(tile, scale_factor), INDEX=_launch.index_dtype(*tensors),
+        **tile._asdict(), BLOCK_C=block, CELLS=cells, INDEX=_launch.index_dtype(*tensors),
         **_launch.product_types(dtype, precision), SUM_PRECISION=_launch.sum_precision(dtype),
-        **_launch.options(kernel_size, tile.BLOCK_H * tile.BLOCK_W, all_registers=True)
-        | ({} if offsets is None else _launch.sampling_registers(dtype, kernel_size)),
+        **_launch.options(kernel_size, tile.BLOCK_H * tile.BLOCK_W, all_registers=True),
     )  # fmt: skip
+    if dtype == torch.float32 and cells == 0:
+        constants["num_warps"] = 8  # four spill
     return _launch.Launch(_kernels.reassemble_backward_kernels, n * tiles_h * tiles_w * groups, arguments, constants)
 
 

@@ -140,12 +140,11 @@ def _sample_backward_launch(
         *_launch.pointer_and_strides(named.get("grad_offsets"), 4),
         *sizes,
     )  # fmt: skip
-    tile = _launch.output_tile(scale_factor, kernel_size, grad_masks.dtype.itemsize)
     constants |= {
         "TAPS_INNER": _launch.taps_inner(grad_masks),
-        **_launch.cells(tile, scale_factor),
+        "CELLS": _launch.cells(grad_masks.dtype),
         "SUM_PRECISION": _launch.sum_precision(grad_masks.dtype),
-        **_launch.sampling_registers(grad_masks.dtype, kernel_size),
+        **_launch.most_registers(),
     }
     if grad_masks.dtype == torch.float64:
         constants["num_warps"] = 8  # four spill
@@ -216,7 +215,7 @@ def _backward_from_masks(
 
 
 def _count_bits(kernel_space: Tensor, scale_factor: int) -> int:
-    """Bits of how many outputs may sample one kernel, see `_fixed_point_scale`."""
+    """Bits of how many outputs may sample one kernel, see `_fixed_point`."""
     _, _, h, w = kernel_space.shape
     return (scale_factor**2 * h * w - 1).bit_length()
 
