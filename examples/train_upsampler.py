@@ -476,6 +476,11 @@ def commit() -> str | None:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc5b9e", "#1f2328")  # of the methods in TITLES' order
 MARKERS = "sDv^o"
+LEGEND = (
+    "PSNR and SSIM: means over held-out photographs, ± the standard deviation over seeds. Times: medians over seeds, "
+    f"of a whole training, and of the upsampler alone for one crop of {TILE} pixels a side."
+)
+BOOTSTRAP = "By a paired bootstrap over seeds and photographs (95%, each comparison by itself):"
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
 
@@ -546,14 +551,12 @@ def document(figures: dict[str, Any]) -> str:
         means = (statistics.fmean(run["psnr"][name] for run in mine) for name in pictures)
         lines.append((f"{row['scale']}{TIMES}", TITLES[row["method"]], *(f"{mean:.2f}" for mean in means)))
     by_picture = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    tile = f"{figures['settings']['tile']} {TIMES} {figures['settings']['tile']}"
     parts = [
         "# Five upsamplers in one small network",
         f"{place(figures)}.",
-        "PSNR and SSIM: means over held-out photographs, ± the standard deviation over seeds. Times: medians over "
-        f"seeds, of a whole training, and of the upsampler alone for one crop of {tile} pixels.",
         table(figures),
-        "By a paired bootstrap over seeds and pictures (95%, each comparison by itself):",
+        LEGEND,
+        BOOTSTRAP,
         "\n".join(f"- {line}" for line in verdicts(figures)),
         "PSNR by photograph, dB:",
         by_picture,
