@@ -405,7 +405,7 @@ def summarise(runs: list[dict[str, Any]], key: dict[str, Any], seeds: list[int])
                 row[measure] = statistics.fmean(values)
                 row[f"{measure}_deviation"] = statistics.stdev(values) if values[1:] else None
             for name in ("training_seconds", "upsampler_milliseconds", "network_milliseconds"):
-                row[name] = statistics.median(run[name] for run in mine)
+                row[name] = min(run[name] for run in mine)  # what else the machine does only adds
             rows.append(row)
         if OURS in methods:
             comparisons[str(scale)] = compare(here, seeds)
@@ -477,7 +477,7 @@ def commit() -> str | None:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc5b9e", "#1f2328")  # of the methods in TITLES' order
 MARKERS = "sDv^o"
 LEGEND = (
-    "PSNR and SSIM: means over held-out photographs, ± the standard deviation over seeds. Times: medians over seeds, "
+    "PSNR and SSIM: means over held-out photographs, ± the standard deviation over seeds. Times: the least over seeds, "
     f"of a whole training, and of the upsampler alone for one crop of {TILE} pixels a side."
 )
 BOOTSTRAP = "By a paired bootstrap over seeds and photographs (95%, each comparison by itself):"
@@ -586,7 +586,7 @@ def draw(figures: dict[str, Any], colours: tuple[str, ...] = COLOURS) -> Figure:
         axes.set(title=f"{scale}{TIMES}", xlabel="parameters of the upsampler", ylabel="PSNR, dB")
         axes.set_xscale("symlog", linthresh=1000, linscale=0.5)
         axes.set_xlim(-300, 1e6)
-        axes.set_xticks([0, 10**3, 10**4, 10**5, 10**6])
+        axes.set_xticks([0, 10**3, 10**4, 10**5])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value else "0"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(linewidth=0.6)
