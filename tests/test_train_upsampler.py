@@ -386,10 +386,15 @@ def test_document():
     assert f"| 2{example.TIMES} | DLU | 20.10 | 25.00 | 30.00 | 34.90 |" in text
 
 
-def test_committed_results():
+@pytest.mark.parametrize(
+    ("name", "scales", "methods", "steps"),
+    (("train", (2, 4, 8), METHODS, example.STEPS), ("train-long", (4,), ("carafe", "dlu"), 4 * example.STEPS)),
+    ids=("train", "train-long"),
+)
+def test_committed_results(name, scales, methods, steps):
     """Their summary is that of their runs, every run is there, and costs are those of the modules."""
-    found = json.loads(ROOT.joinpath("bench", "results", "train.json").read_text())
-    key = {name: found[name] for name in ("settings", "machine")}
+    found = json.loads(ROOT.joinpath("bench", "results", f"{name}.json").read_text())
+    key = {kind: found[kind] for kind in ("settings", "machine")}
     again = example.summarise(found["runs"], key, found["seeds"])
     assert found["methods"] == [pytest.approx(row) for row in again["methods"]]
     assert found["dlu_over"] == {
@@ -398,12 +403,12 @@ def test_committed_results():
     }
     runs = {(run["scale"], run["method"], run["seed"]) for run in found["runs"]}
     assert len(runs) == len(found["runs"])
-    assert runs == {(scale, method, seed) for scale in (2, 4, 8) for method in METHODS for seed in found["seeds"]}
+    assert runs == {(scale, method, seed) for scale in scales for method in methods for seed in found["seeds"]}
     assert len({run["weights"] for run in found["runs"]}) == len(runs), "two runs are one"
     for run in found["runs"]:
         assert run["parameters"] == example.cost(run["method"], run["scale"])[0]
         assert list(run["psnr"]) == list(example.HELD_OUT)
-    assert found["settings"] == example.settings(example.STEPS)
+    assert found["settings"] == example.settings(steps)
 
 
 def test_plot():
