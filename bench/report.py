@@ -1,6 +1,7 @@
 """Writes README's tables and plots from the committed results; `--check` only tells whether they are up to date.
 
 python -m dlu_triton explain && cp dlu_explain/explain.json bench/results/
+python examples/train_upsampler.py && cp dlu_train/train.json bench/results/
 python -m pytest bench --full --benchmark-only --benchmark-json bench/results/gpu.json  # where there is a GPU
 python -m pytest bench --benchmark-only --benchmark-json bench/results/cpu.json  # where there is none
 python bench/report.py
@@ -31,6 +32,10 @@ import matplotlib.ticker
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+
+import train_upsampler  # noqa: E402
+
 RESULTS = Path("bench/results")
 PLOTS = RESULTS / "plots"
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
@@ -757,6 +762,34 @@ def explanations(root: Path) -> str:
     return "\n".join(lines)
 
 
+def read_training(root: Path, *, allow_dirty: bool) -> dict[str, Any] | None:
+    """What the example measured, if it was; ValueError unless that was at a commit."""
+    path = RESULTS / train_upsampler.FIGURES
+    if not root.joinpath(path).exists():
+        return None
+    figures = json.loads(root.joinpath(path).read_text())
+    commit = figures["machine"]["commit"]
+    if not allow_dirty and (commit is None or commit.endswith("-dirty")):
+        raise ValueError(f"{path} must be measured at a commit, got {commit!r}: commit, then measure again")
+    return figures
+
+
+def training(figures: dict[str, Any] | None) -> str:
+    """The example that trains: what came out of it, and where DLU ties."""
+    if figures is None:
+        return "Not measured yet:\n\n    python examples/train_upsampler.py"
+    parts = [
+        train_upsampler.table(figures),
+        f"{train_upsampler.place(figures)}, `{RESULTS / train_upsampler.FIGURES}`.",
+        train_upsampler.LEGEND,
+        train_upsampler.BOOTSTRAP,
+        "\n".join(f"- {line}" for line in train_upsampler.verdicts(figures)),
+        _picture("train", PLOT_TEXTS["train"]),
+        f"[By photograph]({RESULTS / train_upsampler.TABLE})",
+    ]
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Plots
 # ---------------------------------------------------------------------------------------------------------------
@@ -765,6 +798,7 @@ PLOT_TEXTS = {
     "speedup": "Time of each rival over that of dlu_triton's kernels, a dot for each case, on a logarithmic scale",
     "scaling": "Time of dlu_upsample's forward pass per output element, against the number of output elements",
     "roofline": "Share of a copy's bytes per second that dlu_upsample reaches, by case",
+    "train": "PSNR on held-out photographs against the parameters of the upsampler, a panel for each scale",
 }
 INK = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#e6edf3", "#3d444d")}  # text and grid
 # Okabe and Ito's colours, which the colour-blind tell apart; those that contrast with the background by 3 to 1.
@@ -781,7 +815,11 @@ def drawings(run: Run) -> dict[str, Callable[[Run, tuple[str, ...]], Figure]]:
 
 
 def plots(run: Run) -> dict[Path, str]:
-    """SVG files, the same bytes for the same results."""
+    return render({name: partial(draw, run) for name, draw in drawings(run).items()})
+
+
+def render(pictures: dict[str, Callable[[tuple[str, ...]], Figure]]) -> dict[Path, str]:
+    """SVG files by name, the same bytes for the same results."""
     found = {}
     for mode, (ink, grid) in INK.items():
         style = {
@@ -791,10 +829,10 @@ def plots(run: Run) -> dict[Path, str]:
             **{"grid.color": grid, "font.size": 9, "axes.axisbelow": True, "figure.constrained_layout.use": True},
             **{"svg.hashsalt": "dlu_triton", "svg.fonttype": "none"},  # text of the viewer's: a fifth of the bytes
         }
-        for name, draw in drawings(run).items():
+        for name, draw in pictures.items():
             file = io.StringIO()
             with matplotlib.style.context(("default", style)):
-                draw(run, COLOURS[mode]).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+                draw(COLOURS[mode]).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             lines = (line.rstrip() for line in file.getvalue().splitlines())
             found[PLOTS / f"{name}-{mode}.svg"] = "\n".join(lines) + "\n"
     return found
@@ -890,8 +928,10 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     """What the files that are made of the results should hold."""
     on_gpu = read(root, "gpu*.json", "cuda", allow_dirty=allow_dirty)
     on_cpu = read(root, "cpu.json", "cpu", allow_dirty=allow_dirty)
+    trained = read_training(root, allow_dirty=allow_dirty)
     readme = root.joinpath("README.md").read_text()
-    for name, text in {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu)}.items():
+    blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "train": training(trained)}
+    for name, text in blocks.items():
         block = f"<!-- {name}: bench/report.py -->\n\n{text}\n\n<!-- end -->"
         readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)
         if count != 1:
@@ -901,6 +941,9 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
         found |= {GPU_CASES: gpu_cases(on_gpu), **plots(on_gpu)}
     if on_cpu is not None:
         found[CPU_CASES] = cpu_cases(on_cpu)
+    if trained is not None:
+        found[RESULTS / train_upsampler.TABLE] = train_upsampler.document(trained)
+        found |= render({"train": partial(train_upsampler.draw, trained)})
     return found
 
 

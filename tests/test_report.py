@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")  # what the example that trains imports, and the report that
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
@@ -59,7 +62,7 @@ def unsupported(error, **names):
     return record(**names, microseconds=0)["extra_info"] | {"error": error}
 
 
-draw = report.plots
+draw, render = report.plots, report.render
 
 
 @pytest.fixture
@@ -69,10 +72,11 @@ def root(tmp_path, monkeypatch):
     Nothing is drawn, which takes its time, unless a test has `drawn`.
     """
     monkeypatch.setattr(report, "plots", lambda run: {})
+    monkeypatch.setattr(report, "render", lambda drawings: {})
     (tmp_path / "bench" / "results").mkdir(parents=True)
     explain = ROOT.joinpath("bench", "results", "explain.json").read_text()
     tmp_path.joinpath("bench", "results", "explain.json").write_text(explain)
-    blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in ("explain", "gpu", "cpu"))
+    blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in ("explain", "gpu", "cpu", "train"))
     tmp_path.joinpath("README.md").write_text(f"Before\n{blocks}\nAfter\n")
     return tmp_path
 
@@ -80,6 +84,7 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(root, monkeypatch):
     monkeypatch.setattr(report, "plots", draw)
+    monkeypatch.setattr(report, "render", render)
 
 
 def write(root, *records, name="gpu.json", errors=(), sizes=SIZES, selection=None, **machine):
@@ -849,3 +854,70 @@ def test_plots_show_the_figures(root, drawn):
         assert f">{text}</text>" in roofline
     assert ">dlu_upsample over compiled</text>" in folder.joinpath("speedup-light.svg").read_text()
     assert ">C 8 s 2 k 5 bfloat16 contiguous</text>" in folder.joinpath("scaling-light.svg").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The example that trains
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def write_training(root, **machine):
+    """Three seeds at one scale: DLU ties with CARAFE, and is 0.5 dB above bilinear."""
+    example = report.train_upsampler
+    names = ("a", "b", "c", "d")
+    runs = [
+        {
+            "method": method,
+            "scale": 4,
+            "seed": seed,
+            "psnr": {name: psnr + seed / 10 for name in names},
+            "ssim": dict.fromkeys(names, 0.789),
+            "parameters": parameters,
+            "training_seconds": 12.3,
+            "upsampler_milliseconds": 3.456,
+            "network_milliseconds": 5.0,
+        }
+        for method, psnr, parameters in (("bilinear", 20.5, 0), ("carafe", 21, 9876), ("dlu", 21, 543))
+        for seed in range(3)
+    ]
+    place = {"device": "Made-up CPU", "threads": 3, "torch": "5.6", "triton": "7.8", "python": "9.10"}
+    place["commit"] = "0123456789abcdef0123456789abcdef01234567"
+    key = {"settings": {"steps": 12, "held_out": list(names)}, "machine": place | machine}
+    figures = example.summarise(runs, key, [0, 1, 2])
+    root.joinpath("bench", "results", "train.json").write_text(json.dumps(figures))
+
+
+def test_training_not_measured_yet(root):
+    assert report.main([], root) == 0
+    assert "Not measured yet:\n\n    python examples/train_upsampler.py\n" in block(root, "train")
+
+
+def test_training(root, drawn):
+    write_training(root)
+    assert report.main([], root) == 0
+    text = block(root, "train")
+    carafe, dlu = table("\n" + text[text.index("| scale") :])[1:]
+    assert (carafe["parameters"], dlu["parameters"]) == ("9,876", "543")
+    assert carafe["PSNR, dB"] == dlu["PSNR, dB"] == "21.10 ± 0.10"
+    assert carafe["DLU over it, dB (95%)"] == "+0.00 (+0.00 to +0.00)"
+    assert "- 4x: DLU is better than bilinear; ties with CARAFE.\n" in text
+    assert "Made-up CPU, threads: 3, torch 5.6, Triton 7.8, Python 9.10, commit 0123456789ab, `bench/results" in text
+    assert "Python 9.10, commit 0123456789ab.\n" in cases(root, "train")
+    for mode in ("light", "dark"):
+        assert f"bench/results/plots/train-{mode}.svg" in text
+        plot = root / "bench" / "results" / "plots" / f"train-{mode}.svg"
+        xml.etree.ElementTree.parse(plot)
+        for word in ("4x", "bilinear", "CARAFE", "DLU"):
+            assert f">{word}</text>" in plain(plot)
+    assert report.main(["--check"], root) == 0
+    write_training(root, torch="9.9")
+    assert report.main(["--check"], root) == 1
+
+
+@pytest.mark.parametrize("commit", (None, "0123456789abcdef0123456789abcdef01234567-dirty"), ids=("unknown", "dirty"))
+def test_training_of_a_dirty_tree_is_refused(root, commit):
+    write_training(root, commit=commit)
+    with pytest.raises(ValueError, match=r"^bench/results/train\.json must be measured at a commit, got "):
+        report.main([], root)
+    assert report.main(["--allow-dirty"], root) == 0
+    assert ("no commit" if commit is None else "commit 0123456789ab-dirty") in block(root, "train")
