@@ -20,7 +20,7 @@ so no value of an input can lead outside.
 import triton
 import triton.language as tl
 
-# Arguments that vary from call to call select no new compilation; strides do, by their alignment, where not listed too.
+# Arguments that vary from call to call, which, like strides, select no new compilation.
 _SIZES = ["height", "width", "tiles_h", "tiles_w", "groups", "slices", "blocks", "blocks_per_program"]
 
 
