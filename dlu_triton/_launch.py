@@ -187,15 +187,19 @@ def _even_reach(block: int, scale_factor: int, kernel_size: int) -> int:
     return cdiv(_reach(block, scale_factor, kernel_size) + before, 2) * 2
 
 
-def options(kernel_size: int, outputs: int = 0, *, all_registers: bool = False) -> dict[str, int]:
-    """Launch options. Eight warps where the taps of a tile would not fit the registers of four."""
-    warps = 4 if kernel_size <= 5 and outputs < 128 else 8
-    return {"num_warps": warps, "num_stages": 1, **(most_registers() if all_registers else {})}
+def warps_for(kernel_size: int, outputs: int = 0) -> int:
+    """Eight where the taps of a tile would not fit the registers of four."""
+    return 4 if kernel_size <= 5 and outputs < 128 else 8
 
 
-def most_registers() -> dict[str, int]:
-    """Lets ptxas take all registers: left to itself, it spills a few of some kernels for occupancy."""
-    return {"maxnreg": 255} if torch.version.hip is None else {}
+def options(warps: int, registers: int | None = None) -> dict[str, int]:
+    """Launch options."""
+    return {"num_warps": warps, "num_stages": 1, **(most_registers(registers) if registers else {})}
+
+
+def most_registers(number: int = 255) -> dict[str, int]:
+    """Lets ptxas take so many registers: left to itself, it spills a few of some kernels for occupancy."""
+    return {"maxnreg": number} if torch.version.hip is None else {}
 
 
 # Outputs of a forward program, window pixels of a product, and warps, for kernels of 5 x 5: by itemsize, whether
@@ -221,7 +225,7 @@ def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_la
     """Tile and warps of the forward pass. Windows start at even columns and are even in width, to load pairs."""
     entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
     if entry is None:
-        return output_tile(scale_factor, kernel_size, itemsize), options(kernel_size)["num_warps"]
+        return output_tile(scale_factor, kernel_size, itemsize), warps_for(kernel_size)
     block_h, block_w, block_q, warps = entry
     return Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), warps
 
@@ -262,13 +266,47 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
 
 
 def cells(dtype: torch.dtype) -> int:
-    """Sides of the window of the kernel space in which gradients of a tile are summed before they are added: the tile
-    and about two cells around it. None where that product spills: in float64, and where its operands do not come from
-    shared memory, before sm_90."""
+    """Largest sides of the window of the kernel space in which gradients of a tile are summed before they are added:
+    the tile and about two cells around it. None where that product spills: in float64, and where its operands do not
+    come from shared memory, before sm_90."""
     if dtype == torch.float64:
         return 0
     target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
     return 0 if target is not None and target.backend == "cuda" and target.arch < 90 else 8
+
+
+class KernelTile(NamedTuple):
+    """A program of the gradient of the kernels: its tile, sides of the window of cells where there can be one, channels
+    of a product, warps, and registers of a thread."""
+
+    tile: Tile
+    cells: int
+    channels: int
+    warps: int
+    registers: int
+
+
+# Outputs of such a program, window pixels of a product, and what follows the tile above, for kernels of 5 x 5: by
+# itemsize, whether channels are innermost, and scale factor. As the rule of `kernel_tile` has them; not measured yet.
+KERNEL_TILES = {
+    **{(2, last, 2): (8, 8, 64, 8, 64, 4, 255) for last in (True, False)},
+    **{(2, last, 4): (8, 16, 64, 8, 64, 8, 255) for last in (True, False)},
+    **{(2, last, scale): (8, 16, 32, 8, 64, 8, 255) for last in (True, False) for scale in (8, 16)},
+    **{(4, last, 2): (8, 8, 64, 8, 32, 4, 255) for last in (True, False)},
+    **{(4, last, 4): (4, 8, 32, 8, 32, 4, 255) for last in (True, False)},
+    **{(4, last, scale): (4, 16, 32, 8, 32, 4, 255) for last in (True, False) for scale in (8, 16)},
+}
+
+
+@cache
+def kernel_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> KernelTile:
+    entry = KERNEL_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
+    if entry is None:
+        tile = output_tile(scale_factor, kernel_size, itemsize)
+        warps = warps_for(kernel_size, tile.BLOCK_H * tile.BLOCK_W)
+        return KernelTile(tile, 8, PRODUCT_CHANNELS[itemsize], warps, 255)
+    block_h, block_w, block_q, *others = entry
+    return KernelTile(Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), *others)
 
 
 class Strip(NamedTuple):
@@ -282,37 +320,82 @@ class Strip(NamedTuple):
     PIECES_H: int
     PIECES_W: int
 
+    def cost(self, channels_last: bool) -> float:
+        """Of a column of source pixels: few pieces, with little beyond what reaches it, and in NCHW few rows, each of
+        which is a cache line for every channel."""
+        outputs, rows = self.BLOCK_H * self.BLOCK_W, 0 if channels_last else self.BLOCK_H
+        return self.PIECES_H * self.PIECES_W * (outputs + 16 + 16 * rows) / self.STRIP_W
+
+
+def strip(scale_factor: int, kernel_size: int, strip_w: int, block_h: int, block_w: int) -> Strip:
+    """The strip of this width with pieces of these outputs, whose rows have to divide those of a step."""
+    step_h = step_rows(kernel_size)
+    pieces_h, pieces_w = scale_factor * step_h // block_h, cdiv(scale_factor * (strip_w + kernel_size - 1), block_w)
+    return Strip(step_h, strip_w, block_h, block_w, pieces_h, pieces_w)
+
+
+def step_rows(kernel_size: int) -> int:
+    """Source rows of a step: all that a kernel reaches to either side of it."""
+    return max(4, power_of_2(2 * (kernel_size // 2)))
+
+
+class GatherTile(NamedTuple):
+    """A program of the gradient of the features: its strip, channels where there are enough programs, warps for so
+    many, and registers of a thread."""
+
+    strip: Strip
+    channels: int
+    warps: int
+    registers: int
+
+
+# Width of the strip of such a program, outputs of a piece, channels, warps and registers, with keys as above. As the
+# rule of `gather_tile` has them; not measured yet.
+GATHER_TILES = {
+    (2, True, 2): (8, 8, 8, 256, 8, 255),
+    (2, False, 2): (8, 2, 32, 256, 8, 255),
+    (4, True, 2): (8, 4, 8, 256, 8, 255),
+    (4, False, 2): (8, 1, 32, 256, 8, 255),
+    **{(2, last, 4): (8, 4, 16, 256, 8, 255) for last in (True, False)},
+    **{(4, last, 4): (8, 2, 16, 256, 8, 255) for last in (True, False)},
+    **{(2, last, scale): (8, 2, 32, 256, 8, 255) for last in (True, False) for scale in (8, 16)},
+    **{(4, last, scale): (8, 1, 32, 256, 8, 255) for last in (True, False) for scale in (8, 16)},
+}
+
 
 @cache
-def gather_strip(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> Strip:
-    """A step's rows are all that a kernel reaches to either side of it. Few pieces, with little beyond that reach, and
-    in NCHW few rows, each of which is a cache line for every channel."""
-    step_h = max(4, power_of_2(2 * (kernel_size // 2)))
+def gather_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> GatherTile:
+    entry = GATHER_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
+    if entry is not None:
+        strip_w, block_h, block_w, *others = entry
+        return GatherTile(strip(scale_factor, kernel_size, strip_w, block_h, block_w), *others)
+    step_h = step_rows(kernel_size)
     strip_w = max(4, (16 if itemsize == 8 else 32) // step_h)
-    span_h, span_w = scale_factor * step_h, scale_factor * (strip_w + kernel_size - 1)
     most = min(64 if itemsize == 2 else 32, _most_outputs(kernel_size, 2 if itemsize == 2 else 8))
     strips = [
-        Strip(step_h, strip_w, block_h, block_w, span_h // block_h, cdiv(span_w, block_w))
+        strip(scale_factor, kernel_size, strip_w, block_h, block_w)
         for block_h in (1, 2, 4, 8)
         for block_w in (4, 8, 16, 32)
-        if 16 <= block_h * block_w <= most and span_h % block_h == 0
+        if 16 <= block_h * block_w <= most and scale_factor * step_h % block_h == 0
     ]
-
-    def cost(strip: Strip) -> tuple[float, int]:
-        outputs = strip.BLOCK_H * strip.BLOCK_W
-        rows = 0 if channels_last else strip.BLOCK_H
-        return strip.PIECES_H * strip.PIECES_W * (outputs + 16 + 16 * rows), -strip.BLOCK_W
-
-    return min(strips, key=cost)
+    best = min(strips, key=lambda each: (each.cost(channels_last), -each.BLOCK_W))
+    channels = 16 if itemsize == 8 else 256
+    return GatherTile(best, channels, _gather_warps(channels, itemsize, kernel_size), 255)
 
 
-def gather_channels(dtype: torch.dtype, channels_per_group: int, kernel_size: int, programs: int) -> tuple[int, int]:
+def _gather_warps(channels: int, itemsize: int, kernel_size: int) -> int:
+    return 8 if channels * itemsize > 256 or kernel_size > 5 else 4
+
+
+def gather_channels(
+    tile: GatherTile, itemsize: int, channels_per_group: int, kernel_size: int, programs: int
+) -> tuple[int, int]:
     """Channels and warps of a program of the feature gradient: all of a group where that leaves enough programs, as
     each program makes the kernels again."""
-    block = channel_block(dtype, channels_per_group, 16 if dtype == torch.float64 else 256)
+    block = channel_block(tile.channels, channels_per_group)
     while block > 64 and programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4:
         block //= 2
-    return block, 8 if block * dtype.itemsize > 256 or kernel_size > 5 else 4
+    return block, tile.warps if block == tile.channels else _gather_warps(block, itemsize, kernel_size)
 
 
 @cache
@@ -336,14 +419,17 @@ def pixels_per_program(kernel_size: int) -> int:
     return max(4, 2048 // padded_taps(kernel_size))
 
 
+# Channels of a product, by itemsize.
+PRODUCT_CHANNELS = {2: 64, 4: 32, 8: 16}
+
+
 def forward_channels(dtype: torch.dtype, channels_per_group: int, kernel_size: int) -> int:
     """Channels of a product of the forward pass: its rows, of which the tensor cores of sm_90 want 64."""
     wide = dtype == torch.float32 and kernel_size <= 5  # beyond, the taps leave too few registers
-    return channel_block(dtype, channels_per_group, 64 if wide else None)
+    return channel_block(64 if wide else PRODUCT_CHANNELS[dtype.itemsize], channels_per_group)
 
 
-def channel_block(dtype: torch.dtype, channels_per_group: int, widest: int | None = None) -> int:
-    widest = widest or {2: 64, 4: 32, 8: 16}[dtype.itemsize]
+def channel_block(widest: int, channels_per_group: int) -> int:
     return max(16, min(widest, power_of_2(channels_per_group)))
 
 

@@ -60,7 +60,7 @@ def _forward_launch(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
         **tile._asdict(), BLOCK_C=block, LONG_RUN=long_run, SHORT_RUN=short_run, INDEX=_launch.index_dtype(*tensors),
         ROUND=_launch.triton_dtype(features.dtype), **_launch.product_types(features.dtype, precision),
-        **_launch.options(kernel_size, all_registers=features.dtype == torch.float64) | {"num_warps": warps},
+        **_launch.options(warps, 255 if features.dtype == torch.float64 else None),
     )  # fmt: skip
     return _launch.Launch(_kernels.reassemble_forward, n * tiles_h * tiles_w * groups * slices, arguments, constants)
 
@@ -92,12 +92,14 @@ def _backward_features_launch(
     offsets = offsets[0] if offsets else None
     n, c, h, w = grad_features.shape
     dtype = grad_features.dtype
-    strip = _launch.gather_strip(scale_factor, kernel_size, dtype.itemsize, _launch.channels_innermost(grad_output))
+    channels_last = _launch.channels_innermost(grad_output)
+    tile = _launch.gather_tile(scale_factor, kernel_size, dtype.itemsize, channels_last)
+    strip = tile.strip
     start = scale_factor * math.gcd(strip.STRIP_W, kernel_size // 2)
     layout = _launch.map_layout(grad_output, math.gcd(start, strip.BLOCK_W))
     grad_layout = _launch.map_layout(grad_features, strip.STRIP_W)
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
-    block, warps = _launch.gather_channels(dtype, c // groups, kernel_size, columns * steps)
+    block, warps = _launch.gather_channels(tile, dtype.itemsize, c // groups, kernel_size, columns * steps)
     slices = _launch.cdiv(c // groups, block)
     steps = _launch.strip_steps(columns * slices, steps)
     tiles_h = _launch.cdiv(h, steps * strip.STEP_H)
@@ -114,7 +116,7 @@ def _backward_features_launch(
         LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
         **strip._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors),
         ROUND=_launch.triton_dtype(dtype), **_launch.product_types(dtype, precision),
-        **_launch.options(kernel_size, all_registers=True) | {"num_warps": warps},
+        **_launch.options(warps, tile.registers),
     )  # fmt: skip
     programs = columns * slices * tiles_h
     return _launch.Launch(_kernels.reassemble_backward_features, programs, arguments, constants)
@@ -157,9 +159,14 @@ def _backward_kernels_launch(
     offsets, grad_kernels, grad_offsets = (named.get(name) for name in ("offsets", "grad_kernels", "grad_offsets"))
     n, c, h, w = features.shape
     dtype = features.dtype
-    tile = _launch.output_tile(scale_factor, kernel_size, dtype.itemsize)
+    channels_last, most_cells = _launch.channels_innermost(grad_output), _launch.cells(dtype)
+    tile, cells, channels, warps, registers = _launch.kernel_tile(
+        scale_factor, kernel_size, dtype.itemsize, channels_last
+    )
+    if dtype == torch.float32 and most_cells == 0:
+        warps = 8  # four spill
     tiles_h, tiles_w = _tiles(grad_output, tile)
-    block, cells = _launch.channel_block(dtype, c // groups), _launch.cells(dtype)
+    block = _launch.channel_block(channels, c // groups)
     layout, grad_layout = _launch.map_layout(features, 2), _launch.map_layout(grad_output, tile.BLOCK_W)
     arguments = (
         grad_output, *grad_layout.strides,
@@ -176,12 +183,10 @@ def _backward_kernels_launch(
         GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT, RUN=math.gcd(c // groups, block),
         TAPS_INNER=_launch.taps_inner(kernels) if logits else "", GRAD_TAPS_INNER=_launch.taps_inner(grad_kernels),
         LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-        **tile._asdict(), BLOCK_C=block, CELLS=cells, INDEX=_launch.index_dtype(*tensors),
+        **tile._asdict(), BLOCK_C=block, CELLS=min(cells, most_cells), INDEX=_launch.index_dtype(*tensors),
         **_launch.product_types(dtype, precision), SUM_PRECISION=_launch.sum_precision(dtype),
-        **_launch.options(kernel_size, tile.BLOCK_H * tile.BLOCK_W, all_registers=True),
+        **_launch.options(warps, registers),
     )  # fmt: skip
-    if dtype == torch.float32 and cells == 0:
-        constants["num_warps"] = 8  # four spill
     return _launch.Launch(_kernels.reassemble_backward_kernels, n * tiles_h * tiles_w * groups, arguments, constants)
 
 

@@ -77,7 +77,7 @@ def _softmax_launch(tensors: tuple[Tensor, ...], groups: int, kernel_size: int) 
     constants = dict(
         KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size), BLOCK_P=block,
         INDEX=_launch.index_dtype(*tensors),
-        **_launch.accumulator(kernel_space.dtype), **_launch.options(kernel_size),
+        **_launch.accumulator(kernel_space.dtype), **_launch.options(_launch.warps_for(kernel_size)),
     )  # fmt: skip
     return n * groups * blocks, (h, w, groups, blocks), constants
 
@@ -160,7 +160,7 @@ def _sampling_launch(
     constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
         INDEX=_launch.index_dtype(*tensors),
-        **_launch.accumulator(masks.dtype), **_launch.options(kernel_size),
+        **_launch.accumulator(masks.dtype), **_launch.options(_launch.warps_for(kernel_size)),
     )  # fmt: skip
     return n * tiles_h * tiles_w * groups, (h, w, tiles_h, tiles_w, groups), constants
 
