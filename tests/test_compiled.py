@@ -154,7 +154,9 @@ def test_gradients_use_tensor_cores_and_wide_loads(models):
     assert len(rows) == 24
     for row in rows:
         case = f"{row['kernel']} {row['operator']} {row['dtype']} {row['layout']} s {row['scale']}"
-        assert row["wgmma"] > 0, case
+        height, width = map(int, row["tile"].split(" x "))
+        if row["kernel"] == FEATURES or height * width >= 64:  # of whose rows it takes 64
+            assert row["wgmma"] > 0, case
         assert row["wide loads"] > 0, case
         assert row["warps"] >= 8, case
         # Of offsets, two for each piece of outputs; logits are far from each other.
