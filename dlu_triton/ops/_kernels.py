@@ -340,23 +340,14 @@ def _sampling_adjoint(
                     plane_ptr, cells_y, cells_x, height, width, sums, touched, largest, count_bits, KERNEL, TAPS, INDEX
                 )
         if tl.max(apart.to(tl.int32), axis=0) > 0:
-            w00, w01, w10, w11 = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
-            _add_to_cells(
-                plane_ptr, y0, x0, height, width, grad_taps * w00[:, None], apart, largest, count_bits,
-                KERNEL, TAPS, INDEX,
-            )  # fmt: skip
-            _add_to_cells(
-                plane_ptr, y0, x1, height, width, grad_taps * w01[:, None], apart, largest, count_bits,
-                KERNEL, TAPS, INDEX,
-            )  # fmt: skip
-            _add_to_cells(
-                plane_ptr, y1, x0, height, width, grad_taps * w10[:, None], apart, largest, count_bits,
-                KERNEL, TAPS, INDEX,
-            )  # fmt: skip
-            _add_to_cells(
-                plane_ptr, y1, x1, height, width, grad_taps * w11[:, None], apart, largest, count_bits,
-                KERNEL, TAPS, INDEX,
-            )  # fmt: skip
+            for corner in tl.static_range(4):
+                corner_y, weight_y = y1 if corner // 2 else y0, fy if corner // 2 else 1 - fy
+                corner_x, weight_x = x1 if corner % 2 else x0, fx if corner % 2 else 1 - fx
+                gradients = grad_taps * (weight_y * weight_x)[:, None]  # [M, TAPS]
+                _add_to_cells(
+                    plane_ptr, corner_y, corner_x, height, width, gradients, apart, largest, count_bits,
+                    KERNEL, TAPS, INDEX,
+                )  # fmt: skip
 
 
 @triton.jit
