@@ -128,9 +128,9 @@ FEATURES, TAPS = "reassemble_backward_features", "reassemble_backward_kernels"  
 @pytest.mark.parametrize(
     ("kernel", "resource", "half", "float32"),
     [
-        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.15, 1.75),
-        (FEATURES, "tensor cores", 0.6, 1.7), (TAPS, "tensor cores", 0.3, 0.7),
-        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.65, 0.85),
+        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.15, 1.0),
+        (FEATURES, "tensor cores", 0.6, 1.7), (TAPS, "tensor cores", 0.3, 0.85),
+        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.65, 0.7),
         (FEATURES, "from L2", 1.75, 1.75), (TAPS, "from L2", 1.55, 1.9),
     ],
 )  # fmt: skip
@@ -154,9 +154,7 @@ def test_gradients_use_tensor_cores_and_wide_loads(models):
     assert len(rows) == 24
     for row in rows:
         case = f"{row['kernel']} {row['operator']} {row['dtype']} {row['layout']} s {row['scale']}"
-        height, width = map(int, row["tile"].split(" x "))
-        if row["kernel"] == FEATURES or height * width >= 64:  # of whose rows it takes 64
-            assert row["wgmma"] > 0, case
+        assert row["wgmma"] > 0, case
         if row["layout"] == "channels_last" or row["operator"] == "dlu_upsample":  # else blocks begin at fours
             assert row["wide loads"] > 0, case
         assert row["warps"] >= 8, case
