@@ -88,8 +88,10 @@ def _shape(name: str, value: Tensor, rule: str, expected: tuple[int, ...]) -> No
         raise ValueError(f"{name} must have shape {rule} = {expected}, got {tuple(value.shape)}")
 
 
-def expand_kernels(kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object) -> None:
-    """Rules of `expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)`."""
+def expand_kernels(
+    kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object
+) -> tuple[int, int, int]:
+    """Rules of `expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)`; the last three as ints."""
     k, s, g = kernel_size(kernel), scale_factor(scale), integer("groups", groups, 1)
     _map("kernel_space", kernel_space)
     _map("offsets", offsets)
@@ -97,12 +99,13 @@ def expand_kernels(kernel_space: Tensor, offsets: Tensor, scale: object, kernel:
     n, _, h, w = kernel_space.shape
     _shape("kernel_space", kernel_space, "(N, groups*kernel_size^2, H, W)", (n, g * k * k, h, w))
     _shape("offsets", offsets, "(N, 2*groups*scale_factor^2, H, W)", (n, 2 * g * s * s, h, w))
+    return s, k, g
 
 
 def dlu_upsample(
     features: Tensor, kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object
-) -> None:
-    """Rules of `dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)`."""
+) -> tuple[int, int, int]:
+    """Rules of `dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)`; likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("kernel_space", kernel_space)
@@ -113,10 +116,11 @@ def dlu_upsample(
     g = channel_groups("groups", groups, c)
     _shape("kernel_space", kernel_space, "(N, groups*kernel_size^2, H, W)", (n, g * k * k, h, w))
     _shape("offsets", offsets, "(N, 2*groups*scale_factor^2, H, W)", (n, 2 * g * s * s, h, w))
+    return s, k, g
 
 
-def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scale: object) -> None:
-    """Rules of `carafe(features, masks, kernel_size, group_size, scale_factor)`."""
+def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scale: object) -> tuple[int, int, int]:
+    """Rules of `carafe(features, masks, kernel_size, group_size, scale_factor)`; likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("masks", masks)
@@ -125,10 +129,13 @@ def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scal
     g = channel_groups("group_size", groups, c)
     rule = "(N, group_size*kernel_size^2, scale_factor*H, scale_factor*W)"
     _shape("masks", masks, rule, (n, g * k * k, s * h, s * w))
+    return k, g, s
 
 
-def carafe_upsample(features: Tensor, logits: Tensor, scale: object, kernel: object, groups: object) -> None:
-    """Rules of `carafe_upsample(features, logits, scale_factor, kernel_size, groups)`."""
+def carafe_upsample(
+    features: Tensor, logits: Tensor, scale: object, kernel: object, groups: object
+) -> tuple[int, int, int]:
+    """Rules of `carafe_upsample(features, logits, scale_factor, kernel_size, groups)`; likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("logits", logits)
@@ -137,6 +144,7 @@ def carafe_upsample(features: Tensor, logits: Tensor, scale: object, kernel: obj
     g = channel_groups("groups", groups, c)
     rule = "(N, groups*kernel_size^2*scale_factor^2, H, W)"
     _shape("logits", logits, rule, (n, g * k * k * s * s, h, w))
+    return s, k, g
 
 
 def class_activation_map(

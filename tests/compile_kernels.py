@@ -135,19 +135,19 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
     features, output = meta(channels, h, w), meta(channels, s * h, s * w)
     space, offsets = meta(g * k * k, h, w, kernel_dtype), meta(2 * g * s * s, h, w, kernel_dtype)
     masks = meta(g * k * k, s * h, s * w, kernel_dtype)
-    carafe.carafe_op._init_fn(features, masks, k, g, s)
-    carafe.carafe_backward_op._init_fn(output, features, masks, k, g, s, True, True)
+    carafe.carafe_op.launch(features, masks, k, g, s)
+    carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, True, True)
     logits = meta(g * k * k * s * s, h, w, kernel_dtype)
-    carafe.carafe_upsample_op._init_fn(features, logits, s, k, g)
-    carafe.carafe_upsample_backward_op._init_fn(output, features, logits, s, k, g, True, True)
-    dlu.dlu_upsample_op._init_fn(features, space, offsets, s, k, g)
-    dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
-    dlu.expand_kernels_op._init_fn(space, offsets, s, k, g)
-    dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, s, k, g, True, True)
+    carafe.carafe_upsample_op.launch(features, logits, s, k, g)
+    carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, True, True)
+    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g)
+    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, True, True, True)
+    dlu.expand_kernels_op.launch(space, offsets, s, k, g)
+    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, True, True)
     if channels == 256:  # the typical shapes
         torch.use_deterministic_algorithms(True)
         try:
-            dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, s, k, g, True, True, True)
+            dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, True, True, True)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -176,10 +176,8 @@ def launch_cam(dtype, layout, classes, channels, height, width) -> None:
         ("xgradcam", None, False, False),
         ("hirescam", (96, 96), False, False),
     ):
-        cam.class_activation_map_op._init_fn(
-            activations, gradients, method, 1e-6, True, size, normalize, wants_channels
-        )
-    cam.weighted_activation_map_op._init_fn(activations, weights, False, (224, 224), False)
+        cam.class_activation_map_op.launch(activations, gradients, method, 1e-6, True, size, normalize, wants_channels)
+    cam.weighted_activation_map_op.launch(activations, weights, False, (224, 224), False)
 
 
 def resources(kernel, target: GPUTarget) -> dict:

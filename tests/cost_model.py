@@ -74,11 +74,11 @@ def launches(shape: Shape, *, backward: bool) -> dict[str, tuple[Any, dict[str, 
     else:
         module, tensors, settings = carafe, (features, meta(taps * scale**2)), (scale, KERNEL, 1)
     with compiling(GPUTarget("cuda", 90, 32)) as compiled:
+        op = getattr(module, f"{operator}_op")
         if backward:
-            op, wanted = getattr(module, f"{operator}_backward_op"), [True] * len(tensors)
-            op._init_fn(meta(channels, *output_size), *tensors, *settings, *wanted)
+            op.gradients.launch(meta(channels, *output_size), *tensors, *settings, *[True] * len(tensors))
         else:
-            getattr(module, f"{operator}_op")._init_fn(*tensors, *settings)
+            op.launch(*tensors, *settings)
     return {name: (kernel, arguments) for name, kernel, arguments in compiled}
 
 

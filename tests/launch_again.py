@@ -44,19 +44,19 @@ def main() -> None:
 
     def forward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> None:
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
-        dlu.dlu_upsample_op._init_fn(features, space, offsets, 2, 5, 1)
-        carafe.carafe_op._init_fn(features, meta(n, 25, 2 * h, 2 * w, layout=layout), 5, 1, 2)
-        carafe.carafe_upsample_op._init_fn(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
-        dlu.expand_kernels_op._init_fn(space, offsets, 2, 5, 1)
+        dlu.dlu_upsample_op.launch(features, space, offsets, 2, 5, 1)
+        carafe.carafe_op.launch(features, meta(n, 25, 2 * h, 2 * w, layout=layout), 5, 1, 2)
+        carafe.carafe_upsample_op.launch(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
+        dlu.expand_kernels_op.launch(space, offsets, 2, 5, 1)
 
     def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 256) -> None:
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
         output, masks = (meta(n, x, 2 * h, 2 * w, layout=layout) for x in (c, 25))
-        dlu.dlu_upsample_backward_op._init_fn(output, features, space, offsets, 2, 5, 1, True, True, True)
-        carafe.carafe_backward_op._init_fn(output, features, masks, 5, 1, 2, True, True)
+        dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 5, 1, True, True, True)
+        carafe.carafe_op.gradients.launch(output, features, masks, 5, 1, 2, True, True)
         logits = meta(n, 100, h, w, layout=layout)
-        carafe.carafe_upsample_backward_op._init_fn(output, features, logits, 2, 5, 1, True, True)
-        dlu.expand_kernels_backward_op._init_fn(masks, space, offsets, 2, 5, 1, True, True)
+        carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 5, 1, True, True)
+        dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 5, 1, True, True)
 
     def call(run: Callable[..., None], *arguments: object) -> list[tuple]:
         """What was launched."""
@@ -88,7 +88,7 @@ def main() -> None:
             }  # fmt: skip
     launched.clear()
     tensors = [meta(2, x, 26, 42) for x in (64, 25, 8)]
-    dlu.dlu_upsample_backward_op._init_fn(meta(2, 64, 52, 84), *tensors, 2, 5, 1, True, True, True)
+    dlu.dlu_upsample_op.gradients.launch(meta(2, 64, 52, 84), *tensors, 2, 5, 1, True, True, True)
     report["launches of a backward pass"] = len(launched)
     report["alike"] = alike(carafe)
     print(json.dumps(report))
@@ -99,7 +99,7 @@ def alike(carafe) -> dict[str, bool]:
 
     def call(features, masks, kernel_size=3, groups=1) -> tuple:
         launched.clear()
-        carafe.carafe_op._init_fn(features, masks, kernel_size, groups, 2)
+        carafe.carafe_op.launch(features, masks, kernel_size, groups, 2)
         ((grid, kernel, arguments),) = launched
         return grid, kernel, [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
 
@@ -141,10 +141,10 @@ def times() -> None:
 
     def afresh() -> None:
         _launch.forget_launches()
-        dlu.dlu_upsample_op._init_fn(*tensors, 2, 5, 1)
+        dlu.dlu_upsample_op.launch(*tensors, 2, 5, 1)
 
     calls = {
-        "both launches": lambda: dlu.dlu_upsample_op._init_fn(*tensors, 2, 5, 1),
+        "both launches": lambda: dlu.dlu_upsample_op.launch(*tensors, 2, 5, 1),
         "both launches, not repeated": afresh,
         "checks": lambda: _checks.dlu_upsample(*tensors, 2, 5, 1),
         "checks, and the registered operator on meta tensors": lambda: dlu_triton.dlu_upsample(*tensors, 2),

@@ -422,7 +422,7 @@ def test_nothing_is_copied_or_zeroed(device):
     a, g = planes(2, 8, 4, 4, dtype=torch.float32, device=device)
     for activations, gradients in ((channels_last(a), g), (sliced(a), tokens(g))):
         with Recorder():
-            cam_ops.class_activation_map_op._init_fn(
+            cam_ops.class_activation_map_op.launch(
                 activations, gradients.unsqueeze(1), "xgradcam", 1e-6, True, (9, 9), True, True
             )
     assert "empty" in names
@@ -474,9 +474,9 @@ def test_opcheck(method, size, device):
     a, g = planes(1, 3, 3, 4, dtype=torch.float32, device=device)
     for needs_grad in (False, True):
         tensors = (a.clone().requires_grad_(needs_grad), g.unsqueeze(1).clone().requires_grad_(needs_grad))
-        torch.library.opcheck(cam_ops.class_activation_map_op, (*tensors, method, 1e-6, True, size, True, True))
+        torch.library.opcheck(cam_ops.class_activation_map_op.op, (*tensors, method, 1e-6, True, size, True, True))
     weights = g[:, None, :, 0, 0].clone()
-    torch.library.opcheck(cam_ops.weighted_activation_map_op, (a, weights, False, size, False))
+    torch.library.opcheck(cam_ops.weighted_activation_map_op.op, (a, weights, False, size, False))
 
 
 def test_cuda_graph(device):

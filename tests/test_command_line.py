@@ -83,13 +83,10 @@ def test_wrong_arguments_print_usage(arguments):
 
 PROBE = """
 import torch, dlu_triton
-from dlu_triton.ops import carafe as module
-taken = []
-for name in ("carafe_op",):
-    op = getattr(module, name)
-    setattr(module, name, lambda *arguments: (taken.append("kernels"), op(*arguments))[1])
-eager = module.reference.carafe
-module.reference.carafe = lambda *arguments: (taken.append("eager"), eager(*arguments))[1]
+from dlu_triton.ops.carafe import carafe_op
+launch, twin, taken = carafe_op.launch, carafe_op.twin, []
+carafe_op.launch = lambda *arguments: (taken.append("kernels"), launch(*arguments))[1]
+carafe_op.twin = lambda *arguments: (taken.append("eager"), twin(*arguments))[1]
 dlu_triton.carafe(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), 1, 1, 1)
 print(*taken)
 """

@@ -160,20 +160,6 @@ def test_empty_batch(module, device):
     assert module(4, 2).to(device)(torch.zeros(0, 4, 3, 3, device=device)).shape == (0, 4, 6, 6)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("module", (DLUPack, CARAFEPack))
-def test_autocast(module, dtype, device):
-    """The convolutions give bfloat16 kernels, whatever the features are; the output keeps the features' type."""
-    pack = module(4, 2, up_kernel=3, compressed_channels=8).to(device)
-    x = torch.randn(1, 4, 3, 3, device=device, dtype=dtype, requires_grad=True)
-    with torch.autocast(device.type, torch.bfloat16):
-        output = pack(x)
-    assert output.dtype == dtype
-    output.backward(torch.randn_like(output))
-    assert x.grad.dtype == dtype
-    assert all(parameter.grad.isfinite().all() for parameter in pack.parameters())
-
-
 EAGER_TRAINING = """
 import torch, torch.nn.functional as F
 from dlu_triton import _launch, {module}

@@ -483,7 +483,7 @@ def test_backward_allocates_only_the_normalised_kernels(dtype, channels_last, de
         monkeypatch.setattr(
             torch, name, lambda *args, make=make, **kwargs: (allocated.append(make(*args, **kwargs)), allocated[-1])[1]
         )
-    gradients = dlu_ops.dlu_upsample_backward_op(grad_output, *arguments.values(), 2, 5, 1, True, True, True)
+    gradients = dlu_ops.dlu_upsample_op.gradients(grad_output, *arguments.values(), 2, 5, 1, True, True, True)
     returned = {gradient.data_ptr() for gradient in gradients}
     extra = [tensor for tensor in allocated if tensor.data_ptr() not in returned]
     assert [list(tensor.shape) for tensor in extra] == [[1, 1, 4, 4, 32]]
@@ -525,18 +525,20 @@ def test_opcheck(layout, device):
     logits = _verify.inputs("carafe_upsample", case, torch.float32, device)["logits"].contiguous(memory_format=layout)
     grad_output = tensors.pop("grad_output")
     features, space, offsets = (value.requires_grad_() for value in tensors.values())
-    torch.library.opcheck(dlu_ops.dlu_upsample_op, (features, space, offsets, 2, 3, 2))
-    torch.library.opcheck(dlu_ops.expand_kernels_op, (space, offsets, 2, 3, 2))
-    torch.library.opcheck(carafe_ops.carafe_op, (features, masks.requires_grad_(), 3, 2, 2))
-    torch.library.opcheck(carafe_ops.carafe_upsample_op, (features, logits.requires_grad_(), 2, 3, 2))
+    torch.library.opcheck(dlu_ops.dlu_upsample_op.op, (features, space, offsets, 2, 3, 2))
+    torch.library.opcheck(dlu_ops.expand_kernels_op.op, (space, offsets, 2, 3, 2))
+    torch.library.opcheck(carafe_ops.carafe_op.op, (features, masks.requires_grad_(), 3, 2, 2))
+    torch.library.opcheck(carafe_ops.carafe_upsample_op.op, (features, logits.requires_grad_(), 2, 3, 2))
     tensors = (features, space, offsets, masks, logits)
     features, space, offsets, masks, logits = (tensor.detach() for tensor in tensors)
     torch.library.opcheck(
-        dlu_ops.dlu_upsample_backward_op, (grad_output, features, space, offsets, 2, 3, 2, True, True, True)
+        dlu_ops.dlu_upsample_op.gradients.op, (grad_output, features, space, offsets, 2, 3, 2, True, True, True)
     )
-    torch.library.opcheck(dlu_ops.expand_kernels_backward_op, (masks, space, offsets, 2, 3, 2, False, True))
-    torch.library.opcheck(carafe_ops.carafe_backward_op, (grad_output, features, masks, 3, 2, 2, True, True))
-    torch.library.opcheck(carafe_ops.carafe_upsample_backward_op, (grad_output, features, logits, 2, 3, 2, True, True))
+    torch.library.opcheck(dlu_ops.expand_kernels_op.gradients.op, (masks, space, offsets, 2, 3, 2, False, True))
+    torch.library.opcheck(carafe_ops.carafe_op.gradients.op, (grad_output, features, masks, 3, 2, 2, True, True))
+    torch.library.opcheck(
+        carafe_ops.carafe_upsample_op.gradients.op, (grad_output, features, logits, 2, 3, 2, True, True)
+    )
 
 
 def test_meta_tensors_give_the_shape():

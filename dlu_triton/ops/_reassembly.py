@@ -14,6 +14,12 @@ from .. import _launch
 from . import _kernels
 
 
+def new_output(features: Tensor, scale_factor: int) -> Tensor:
+    """Uninitialised (N, C, s*H, s*W)."""
+    _, c, h, w = features.shape
+    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
+
+
 def forward(
     features: Tensor,
     kernels: Tensor,
@@ -24,9 +30,8 @@ def forward(
     *,
     logits: bool = False,
 ) -> Tensor:
-    n, c, h, w = features.shape
-    output = _launch.new_map(features, c, scale_factor * h, scale_factor * w)
-    if n > 0:
+    output = new_output(features, scale_factor)
+    if output.numel():
         tensors = (features, kernels, output) if offsets is None else (features, kernels, offsets, output)
         precision = _launch.precision(features.dtype)
         _launch.launch(_forward_launch, tensors, kernel_size, groups, scale_factor, logits, precision)

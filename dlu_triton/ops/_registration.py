@@ -1,90 +1,184 @@
-"""What the registered operators share: joining an op with its derivatives."""
+"""What the operators share: how each is registered with PyTorch, differentiated, and which way a call of it takes."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _launch
 
 
-def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """What a backward op returns: one tensor like each wanted input."""
-    return [torch.empty_like(tensor) for tensor, want in zip(tensors, wanted, strict=True) if want]
+class Operator:
+    """An operator by all the ways that lead to it.
 
+    Called with tensors first and everything positional, it takes the first that fits of
 
-def register_autograd(op: Any, backward_op: Any, twin: Callable[..., Tensor], *, tensors: int) -> None:
-    """Join an op on `tensors` tensors and some integers with its backward op, and with its eager twin.
+    - while tracing (torch.compile, torch.export): the registered op, which stands in the graph; on a CPU, or for ONNX,
+      the traced form;
+    - on plain CPU tensors: the eager twin;
+    - inside a level of forward-mode differentiation: the eager twin;
+    - inside torch.func's transforms: an `autograd.Function` that they can take apart;
+    - for tensor subclasses and under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode): the
+      registered op, which on CPU tensors computes by the eager twin;
+    - in eager PyTorch: the launches themselves, inside an `autograd.Function` if a gradient may be wanted. A registered
+      op would cost the host several times as much (`bench/NOTES.md`, "Host").
 
-    The backward op takes the gradient, the op's own arguments and one flag per tensor, and returns the gradients
-    of the flagged tensors. Its own derivatives, of any order, are those of the twin's gradients.
+    Args:
+        name: of the registered op, `torch.ops.dlu_triton.<name>`.
+        launch: computes the result by kernels; its annotations are the schema.
+        fake: what `launch` returns, uninitialised.
+        twin: the same in plain PyTorch. For outputs that it returns as None there is no derivative.
+        traced: the same in operators that compilers and exporters do well with; the twin, if not given.
+        tensors: how many arguments are tensors.
+        gradients: computes the derivatives by kernels: takes the gradient of the one output, all arguments and a flag
+            per tensor, and returns a list of the gradients of the flagged tensors. Its own derivatives, and those of
+            operators without it, are the twin's, of any order.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.sizes = inputs[tensors:]
+    def __init__(
+        self,
+        name: str,
+        launch: Callable[..., Any],
+        fake: Callable[..., Any],
+        twin: Callable[..., Any],
+        *,
+        tensors: int,
+        traced: Callable[..., Any] | None = None,
+        gradients: Callable[..., list[Tensor]] | None = None,
+    ) -> None:
+        self.launch, self.twin, self.traced, self.tensors, self._fake = launch, twin, traced or twin, tensors, fake
+        self.gradients: Operator | None = None
+        if gradients is not None:
+            self.gradients = Operator(
+                f"{name}_backward", gradients, self._fake_gradients, self._gradients_of_twin, tensors=1 + tensors
+            )
+        registered = torch.library.custom_op(f"dlu_triton::{name}", launch, mutates_args=())
+        registered.register_fake(fake)
+        registered.register_autograd(self._differentiate, setup_context=self._keep)
+        registered.register_vmap(self._fold_registered)
+        if not _launch.INTERPRETED:
+            registered.register_kernel("cpu", self._by_twin)
+        self.op = getattr(torch.ops.dlu_triton, name).default
+        self._lists = isinstance(self.op._schema.returns[0].type, torch.ListType)
+        self._eager = _function(name, forward=self._forward_and_keep, backward=self._differentiate)
+        self._transformed = _function(
+            name, forward=self._forward, setup_context=self._keep, backward=self._differentiate, vmap=self._fold
+        )
 
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:tensors]
-        gradients = iter(backward_op(grad_output, *ctx.saved_tensors, *ctx.sizes, *wanted))
-        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.sizes)
+    def __call__(self, *arguments: Any) -> Any:
+        kernels = _launch.runs_kernels(arguments[0])
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.op(*arguments) if kernels and not torch.onnx.is_in_onnx_export() else self.traced(*arguments)
+        tensors = arguments[: self.tensors]
+        plain = _plain(tensors)
+        if (plain and not kernels) or forward_ad._current_level >= 0:
+            return self.twin(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed.apply(*arguments)
+        if not plain:
+            return self.op(*arguments)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return self._eager.apply(*arguments)
+        return self.launch(*arguments)
 
-    def gradients_of_twin(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        output = twin(*arguments[:-tensors])
-        wanted = [tensor for tensor, want in zip(arguments[:tensors], arguments[-tensors:], strict=True) if want]
-        return torch.autograd.grad(output, wanted, grad_output, create_graph=True)
+    def _forward(self, *arguments: Any) -> Any:
+        """Inside a Function: nothing is differentiated or transformed any more."""
+        result = self.launch(*arguments) if _plain(arguments[: self.tensors]) else self.op(*arguments)
+        return tuple(result) if isinstance(result, list) else result
 
-    op.register_autograd(backward, setup_context=setup_context)
-    register_eager_autograd(backward_op, gradients_of_twin, tensors=1 + tensors)
-    backward_op.register_vmap(functools.partial(_one_by_one, backward_op))
+    def _forward_and_keep(self, ctx: Any, *arguments: Any) -> Any:
+        result = self._forward(*arguments)
+        self._keep(ctx, arguments, result)
+        return result
 
-
-def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-    """Several backward passes at once, as `torch.vmap` asks for: a loop."""
-    results = [
-        op(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    gradients = [torch.stack(each) for each in zip(*results, strict=True)]
-    return gradients, [0] * len(gradients)
-
-
-def register_eager_autograd(op: Any, twin: Callable[..., Sequence[Tensor | None]], *, tensors: int) -> None:
-    """Give an op on `tensors` tensors the derivatives, of any order, of an eager twin with the same arguments.
-
-    For ops whose derivative is asked for rarely: the backward runs the twin again. Outputs that the twin returns as
-    None have no derivative.
-    """
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.others = inputs[tensors:]
+        ctx.save_for_backward(*inputs[: self.tensors])
+        ctx.others = inputs[self.tensors :]
 
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def _differentiate(self, ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if isinstance(grad_outputs[0], list):  # of an op that returns one
             (grad_outputs,) = grad_outputs
-        again = torch.is_grad_enabled()  # a derivative of this one is wanted
-        wanted = ctx.needs_input_grad[:tensors]
-        with torch.enable_grad():
-            inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # no graph is followed beyond them
-            outputs = zip(twin(*inputs, *ctx.others), grad_outputs, strict=True)
-            pairs = [
-                (output, grad)
-                for output, grad in outputs
-                if output is not None and output.requires_grad and grad is not None
-            ]
-        if not pairs:
-            return (None,) * (tensors + len(ctx.others))
-        gradients = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-                [grad for _, grad in pairs],
-                create_graph=again,
-                allow_unused=True,
-            )
-        )
+        wanted = ctx.needs_input_grad[: self.tensors]
+        if all(grad is None for grad in grad_outputs):
+            gradients = (None for _ in ctx.saved_tensors)
+        elif self.gradients is not None:
+            gradients = self.gradients(grad_outputs[0], *ctx.saved_tensors, *ctx.others, *wanted)
+        else:
+            gradients = _pull_back(self.twin, ctx.saved_tensors, ctx.others, wanted, grad_outputs)
+        gradients = iter(gradients)
         return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.others)
 
-    op.register_autograd(backward, setup_context=setup_context)
+    def _gradients_of_twin(self, grad_output: Tensor, *arguments: Any) -> Sequence[Tensor]:
+        n = self.tensors
+        return _pull_back(self.twin, arguments[:n], arguments[n:-n], arguments[-n:], (grad_output,))
+
+    def _fake_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
+        pairs = zip(arguments[: self.tensors], arguments[-self.tensors :], strict=True)
+        return [torch.empty_like(tensor) for tensor, want in pairs if want]
+
+    def _fold(self, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        """A batch dimension of vmap goes into that of the images, which all tensors and results have first."""
+        size = info.batch_size
+
+        def fold(tensor: Tensor, dim: int | None) -> Tensor:
+            return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+
+        def unfold(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+        folded = [fold(*pair) for pair in zip(arguments[: self.tensors], in_dims, strict=False)]
+        results = self(*folded, *arguments[self.tensors :])
+        if isinstance(results, Tensor):
+            return unfold(results), 0
+        return tuple(unfold(each) for each in results), (0,) * len(results)
+
+    def _fold_registered(self, *arguments: Any) -> tuple[Any, Any]:
+        """A registered op that returns a list goes on returning one."""
+        results, dims = self._fold(*arguments)
+        return (list(results), list(dims)) if self._lists else (results, dims)
+
+    def _by_twin(self, *arguments: Any) -> Any:
+        """By the twin, with the strides that the registered op promises."""
+        promised, results = self._fake(*arguments), self.twin(*arguments)
+        if isinstance(promised, Tensor):
+            return promised.copy_(results)
+        pairs = zip(promised, results, strict=True)
+        return type(promised)(new if result is None else new.copy_(result) for new, result in pairs)
+
+
+def _function(name: str, **methods: Callable[..., Any]) -> Any:
+    """An `autograd.Function`; profilers show its name."""
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors with memory of their own, and nobody wants to see what is done with them."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors
+    )
+
+
+def _pull_back(
+    twin: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    others: Sequence[Any],
+    wanted: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> Sequence[Tensor]:
+    """Gradients of the wanted tensors by an eager twin, differentiable again, in any order and by any transform."""
+
+    def outputs(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Those with a gradient, and these gradients."""
+        given = iter(some)
+        results = twin(*(next(given) if want else t for t, want in zip(tensors, wanted, strict=True)), *others)
+        results = (results,) if isinstance(results, Tensor) else results
+        pairs = zip(results, grad_outputs, strict=True)
+        both = [(result, grad) for result, grad in pairs if result is not None and grad is not None]
+        return tuple(result for result, _ in both), tuple(grad for _, grad in both)
+
+    some = (t for t, want in zip(tensors, wanted, strict=True) if want)
+    _, pull, grads = torch.func.vjp(outputs, *some, has_aux=True)
+    return pull(grads)

@@ -84,13 +84,7 @@ def _finish(
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Registration
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("dlu_triton::class_activation_map", mutates_args=())
-def class_activation_map_op(
+def _class_activation_map(
     activations: Tensor,
     gradients: Tensor,
     method: str,
@@ -121,20 +115,6 @@ def class_activation_map_op(
     return cam, raw, *results
 
 
-@class_activation_map_op.register_fake
-def _(
-    activations: Tensor,
-    gradients: Tensor,
-    method: str,
-    eps: float,
-    relu: bool,
-    size: Sequence[int] | None,
-    normalize: bool,
-    wants_channels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _new_results(activations, gradients, method, size, wants_channels)
-
-
 def _new_results(
     activations: Tensor, gradients: Tensor, method: str, size: Sequence[int] | None, wants_channels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -155,8 +135,7 @@ def _new_results(
     )
 
 
-@torch.library.custom_op("dlu_triton::weighted_activation_map", mutates_args=())
-def weighted_activation_map_op(
+def _weighted_activation_map(
     activations: Tensor, weights: Tensor, relu: bool, size: Sequence[int] | None, normalize: bool
 ) -> Tensor:
     """The map, for weights (N, K, C)."""
@@ -167,9 +146,9 @@ def weighted_activation_map_op(
     return cam
 
 
-@weighted_activation_map_op.register_fake
-def _(activations: Tensor, weights: Tensor, relu: bool, size: Sequence[int] | None, normalize: bool) -> Tensor:
-    return _new_results(activations, weights, "xgradcam", size, wants_channels=False)[0]
+# ---------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def _eager_parts(
@@ -182,21 +161,38 @@ def _eager_parts(
     normalize: bool,
     wants_channels: bool,
 ) -> tuple[Tensor | None, ...]:
-    return reference.class_activation_parts(activations, gradients, method, eps, relu, _pair(size), normalize)
+    parts = reference.class_activation_parts(activations, gradients, method, eps, relu, _pair(size), normalize)
+    return tuple(parts) if wants_channels else (parts.map, parts.raw, None, None, None)
 
 
 def _eager_weighted(
     activations: Tensor, weights: Tensor, relu: bool, size: Sequence[int] | None, normalize: bool
-) -> tuple[Tensor]:
-    return (reference.weighted_activation_map(activations, weights, relu, _pair(size), normalize),)
+) -> Tensor:
+    return reference.weighted_activation_map(activations, weights, relu, _pair(size), normalize)
 
 
 def _pair(size: Sequence[int] | None) -> tuple[int, int] | None:
     return None if size is None else (size[0], size[1])
 
 
-_registration.register_eager_autograd(class_activation_map_op, _eager_parts, tensors=2)
-_registration.register_eager_autograd(weighted_activation_map_op, _eager_weighted, tensors=2)
+class_activation_map_op = _registration.Operator(
+    "class_activation_map",
+    _class_activation_map,
+    lambda activations, gradients, method, eps, relu, size, normalize, wants_channels: _new_results(
+        activations, gradients, method, size, wants_channels
+    ),
+    _eager_parts,
+    tensors=2,
+)
+weighted_activation_map_op = _registration.Operator(
+    "weighted_activation_map",
+    _weighted_activation_map,
+    lambda activations, weights, relu, size, normalize: _new_results(
+        activations, weights, "xgradcam", size, wants_channels=False
+    )[0],
+    _eager_weighted,
+    tensors=2,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,8 +222,6 @@ def class_activation_parts(
         cancellation   (N, C), |sum of A| / sum of |A| over the plane. Near zero, signed activations cancel, and the
                        weights of XGrad-CAM, which divide by that sum, are large and mean little.
     """
-    if not _launch.runs_kernels(activations):
-        return reference.class_activation_parts(activations, gradients, method, eps, relu, size, normalize)
     _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     return _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=True)
 
@@ -280,10 +274,6 @@ def class_activation_map(
         TypeError: an argument is not a floating-point tensor or not a number, or float64 is mixed with others.
         ValueError: an unknown method, a shape or the device does not fit.
     """
-    if not _launch.runs_kernels(activations):
-        return reference.class_activation_map(
-            activations, gradients, method, eps, relu, size, normalize, return_weights
-        )
     _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
     parts = _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=return_weights)
     return (parts.map, parts.weights) if return_weights else parts.map
@@ -325,8 +315,6 @@ def weighted_activation_map(
         TypeError: an argument is not a floating-point tensor, or float64 is mixed with others.
         ValueError: a shape or the device does not fit.
     """
-    if not _launch.runs_kernels(activations):
-        return reference.weighted_activation_map(activations, weights, relu, size, normalize)
     _checks.weighted_activation_map(activations, weights, relu, size, normalize)
     _checks.kernel_device("activations", activations)
     several = weights.dim() == 3

@@ -4,22 +4,18 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _reassembly, _registration
+from . import _graph, _reassembly, _registration
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launches
+# ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("dlu_triton::carafe", mutates_args=())
-def carafe_op(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     return _reassembly.forward(features, masks, None, kernel_size, group_size, scale_factor)
 
 
-@carafe_op.register_fake
-def _(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    _, c, h, w = features.shape
-    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
-
-
-@torch.library.custom_op("dlu_triton::carafe_backward", mutates_args=())
-def carafe_backward_op(
+def _carafe_gradients(
     grad_output: Tensor,
     features: Tensor,
     masks: Tensor,
@@ -44,33 +40,11 @@ def carafe_backward_op(
     return gradients
 
 
-@carafe_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    features: Tensor,
-    masks: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-    wants_features: bool,
-    wants_masks: bool,
-) -> list[Tensor]:
-    return _registration.empty_like_wanted((features, masks), (wants_features, wants_masks))
-
-
-@torch.library.custom_op("dlu_triton::carafe_upsample", mutates_args=())
-def carafe_upsample_op(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
+def _carafe_upsample(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
     return _reassembly.forward(features, logits, None, kernel_size, groups, scale_factor, logits=True)
 
 
-@carafe_upsample_op.register_fake
-def _(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
-    _, c, h, w = features.shape
-    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
-
-
-@torch.library.custom_op("dlu_triton::carafe_upsample_backward", mutates_args=())
-def carafe_upsample_backward_op(
+def _carafe_upsample_gradients(
     grad_output: Tensor,
     features: Tensor,
     logits: Tensor,
@@ -98,22 +72,34 @@ def carafe_upsample_backward_op(
     return gradients
 
 
-@carafe_upsample_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    features: Tensor,
-    logits: Tensor,
-    scale_factor: int,
-    kernel_size: int,
-    groups: int,
-    wants_features: bool,
-    wants_logits: bool,
-) -> list[Tensor]:
-    return _registration.empty_like_wanted((features, logits), (wants_features, wants_logits))
+# ---------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------
 
 
-_registration.register_autograd(carafe_op, carafe_backward_op, reference.carafe, tensors=2)
-_registration.register_autograd(carafe_upsample_op, carafe_upsample_backward_op, reference.carafe_upsample, tensors=2)
+carafe_op = _registration.Operator(
+    "carafe",
+    _carafe,
+    lambda features, masks, kernel_size, group_size, scale_factor: _reassembly.new_output(features, scale_factor),
+    reference.carafe,
+    traced=_graph.carafe,
+    tensors=2,
+    gradients=_carafe_gradients,
+)
+carafe_upsample_op = _registration.Operator(
+    "carafe_upsample",
+    _carafe_upsample,
+    lambda features, logits, scale_factor, *_: _reassembly.new_output(features, scale_factor),
+    reference.carafe_upsample,
+    traced=_graph.carafe_upsample,
+    tensors=2,
+    gradients=_carafe_upsample_gradients,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Public functions
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -142,11 +128,9 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    if not _launch.runs_kernels(features):
-        return reference.carafe(features, masks, kernel_size, group_size, scale_factor)
-    _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
+    sizes = _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.kernel_device("features", features)
-    return carafe_op(features, masks, kernel_size, group_size, scale_factor)
+    return carafe_op(_launch.autocast(features), masks, *sizes)
 
 
 def carafe_upsample(
@@ -175,8 +159,6 @@ def carafe_upsample(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    if not _launch.runs_kernels(features):
-        return reference.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
-    _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
+    sizes = _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     _checks.kernel_device("features", features)
-    return carafe_upsample_op(features, logits, scale_factor, kernel_size, groups)
+    return carafe_upsample_op(_launch.autocast(features), logits, *sizes)

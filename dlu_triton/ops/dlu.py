@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _kernels, _reassembly, _registration
+from . import _graph, _kernels, _reassembly, _registration
 
 _Launch = tuple[int, tuple[int, ...], dict[str, Any]]  # programs, sizes, constants
 
@@ -166,7 +166,7 @@ def _sampling_launch(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Backward passes
+# Forward and backward passes
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -220,29 +220,14 @@ def _count_bits(kernel_space: Tensor, scale_factor: int) -> int:
     return (scale_factor**2 * h * w - 1).bit_length()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Registration
-# ---------------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("dlu_triton::dlu_upsample", mutates_args=())
-def dlu_upsample_op(
+def _dlu_upsample(
     features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int
 ) -> Tensor:
     space = _softmax(kernel_space, groups, kernel_size)
     return _reassembly.forward(features, space, offsets, kernel_size, groups, scale_factor)
 
 
-@dlu_upsample_op.register_fake
-def _(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int
-) -> Tensor:
-    _, c, h, w = features.shape
-    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
-
-
-@torch.library.custom_op("dlu_triton::dlu_upsample_backward", mutates_args=())
-def dlu_upsample_backward_op(
+def _dlu_upsample_gradients(
     grad_output: Tensor,
     features: Tensor,
     kernel_space: Tensor,
@@ -289,41 +274,13 @@ def dlu_upsample_backward_op(
     return gradients
 
 
-@dlu_upsample_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    features: Tensor,
-    kernel_space: Tensor,
-    offsets: Tensor,
-    scale_factor: int,
-    kernel_size: int,
-    groups: int,
-    wants_features: bool,
-    wants_space: bool,
-    wants_offsets: bool,
-) -> list[Tensor]:
-    wanted = (wants_features, wants_space, wants_offsets)
-    return _registration.empty_like_wanted((features, kernel_space, offsets), wanted)
-
-
-@torch.library.custom_op("dlu_triton::expand_kernels", mutates_args=())
-def expand_kernels_op(
-    kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int
-) -> Tensor:
-    _, _, h, w = kernel_space.shape
-    masks = _launch.new_map(kernel_space, groups * kernel_size**2, scale_factor * h, scale_factor * w)
+def _expand_kernels(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
+    masks = _reassembly.new_output(kernel_space, scale_factor)
     _sample(_softmax(kernel_space, groups, kernel_size), offsets, masks, scale_factor, kernel_size)
     return masks
 
 
-@expand_kernels_op.register_fake
-def _(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
-    _, c, h, w = kernel_space.shape
-    return _launch.new_map(kernel_space, c, scale_factor * h, scale_factor * w)
-
-
-@torch.library.custom_op("dlu_triton::expand_kernels_backward", mutates_args=())
-def expand_kernels_backward_op(
+def _expand_kernels_gradients(
     grad_masks: Tensor,
     kernel_space: Tensor,
     offsets: Tensor,
@@ -340,22 +297,29 @@ def expand_kernels_backward_op(
     return gradients
 
 
-@expand_kernels_backward_op.register_fake
-def _(
-    grad_masks: Tensor,
-    kernel_space: Tensor,
-    offsets: Tensor,
-    scale_factor: int,
-    kernel_size: int,
-    groups: int,
-    wants_space: bool,
-    wants_offsets: bool,
-) -> list[Tensor]:
-    return _registration.empty_like_wanted((kernel_space, offsets), (wants_space, wants_offsets))
+# ---------------------------------------------------------------------------------------------------------------
+# Registration
+# ---------------------------------------------------------------------------------------------------------------
 
 
-_registration.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, reference.dlu_upsample, tensors=3)
-_registration.register_autograd(expand_kernels_op, expand_kernels_backward_op, reference.expand_kernels, tensors=2)
+dlu_upsample_op = _registration.Operator(
+    "dlu_upsample",
+    _dlu_upsample,
+    lambda features, kernel_space, offsets, scale_factor, *_: _reassembly.new_output(features, scale_factor),
+    reference.dlu_upsample,
+    traced=_graph.dlu_upsample,
+    tensors=3,
+    gradients=_dlu_upsample_gradients,
+)
+expand_kernels_op = _registration.Operator(
+    "expand_kernels",
+    _expand_kernels,
+    lambda kernel_space, offsets, scale_factor, *_: _reassembly.new_output(kernel_space, scale_factor),
+    reference.expand_kernels,
+    traced=_graph.expand_kernels,
+    tensors=2,
+    gradients=_expand_kernels_gradients,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -391,11 +355,9 @@ def dlu_upsample(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    if not _launch.runs_kernels(features):
-        return reference.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
-    _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
+    sizes = _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.kernel_device("features", features)
-    return dlu_upsample_op(features, kernel_space, offsets, scale_factor, kernel_size, groups)
+    return dlu_upsample_op(_launch.autocast(features), kernel_space, offsets, *sizes)
 
 
 def expand_kernels(
@@ -427,8 +389,6 @@ def expand_kernels(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size or the device does not fit.
     """
-    if not _launch.runs_kernels(kernel_space):
-        return reference.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
-    _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
+    sizes = _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.kernel_device("kernel_space", kernel_space)
-    return expand_kernels_op(kernel_space, offsets, scale_factor, kernel_size, groups)
+    return expand_kernels_op(_launch.autocast(kernel_space), offsets, *sizes)
