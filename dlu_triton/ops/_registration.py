@@ -1,4 +1,4 @@
-"""What the registered operators share: joining an op with its derivatives."""
+"""What the registered operators share: joining an op with its derivatives, and with the count of its FLOPs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -37,6 +38,13 @@ def register_autograd(op: Any, backward_op: Any, twin: Callable[..., Tensor], *,
     op.register_autograd(backward, setup_context=setup_context)
     register_eager_autograd(backward_op, gradients_of_twin, tensors=1 + tensors)
     backward_op.register_vmap(functools.partial(_one_by_one, backward_op))
+
+
+def register_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Have `torch.utils.flop_counter.FlopCounterMode` count an op of `torch.ops`, whose arguments the formula takes,
+    with shapes for tensors."""
+    flop_registry.pop(op, None)  # PyTorch refuses a second formula, and modules may be reloaded
+    register_flop_formula(op)(lambda *arguments, out_shape: formula(*arguments))
 
 
 def _one_by_one(op: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from ..reference import CAMParts
 from . import _cam_kernels, _registration
 
@@ -197,6 +197,15 @@ def _pair(size: Sequence[int] | None) -> tuple[int, int] | None:
 
 _registration.register_eager_autograd(class_activation_map_op, _eager_parts, tensors=2)
 _registration.register_eager_autograd(weighted_activation_map_op, _eager_weighted, tensors=2)
+
+_registration.register_flops(
+    torch.ops.dlu_triton.class_activation_map,
+    lambda activations, gradients, method, *_: _complexity.class_activation_flops(gradients, method),
+)
+_registration.register_flops(
+    torch.ops.dlu_triton.weighted_activation_map,
+    lambda activations, weights, *_: _complexity.weighted_activation_flops(activations, weights),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from . import _reassembly, _registration
 
 
@@ -114,6 +114,23 @@ def _(
 
 _registration.register_autograd(carafe_op, carafe_backward_op, reference.carafe, tensors=2)
 _registration.register_autograd(carafe_upsample_op, carafe_upsample_backward_op, reference.carafe_upsample, tensors=2)
+
+_registration.register_flops(
+    torch.ops.dlu_triton.carafe,
+    lambda features, masks, k, groups, s: _complexity.reassembly_flops(features, s, k),
+)
+_registration.register_flops(
+    torch.ops.dlu_triton.carafe_backward,
+    lambda grad, features, masks, k, groups, s, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+)
+_registration.register_flops(
+    torch.ops.dlu_triton.carafe_upsample,
+    lambda features, logits, s, k, groups: _complexity.reassembly_flops(features, s, k),
+)
+_registration.register_flops(
+    torch.ops.dlu_triton.carafe_upsample_backward,
+    lambda grad, features, logits, s, k, groups, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+)
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:

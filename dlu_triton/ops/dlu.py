@@ -1,12 +1,13 @@
 """DLU: reassembly with kernels that are sampled from a small kernel space at learned offsets."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from . import _kernels, _reassembly, _registration
 
 _Launch = tuple[int, tuple[int, ...], dict[str, Any]]  # programs, sizes, constants
@@ -356,6 +357,31 @@ def _(
 
 _registration.register_autograd(dlu_upsample_op, dlu_upsample_backward_op, reference.dlu_upsample, tensors=3)
 _registration.register_autograd(expand_kernels_op, expand_kernels_backward_op, reference.expand_kernels, tensors=2)
+
+
+def _backward_flops(
+    grad: Sequence[int], features: Sequence[int], space: Sequence[int], offsets: Sequence[int],
+    s: int, k: int, groups: int, wants_features: bool, *wants_sampling: bool,
+) -> int:  # fmt: skip
+    reassembly = (wants_features + any(wants_sampling)) * _complexity.reassembly_flops(features, s, k)
+    return reassembly + sum(wants_sampling) * _complexity.interpolation_adjoint_flops(space, s)
+
+
+_registration.register_flops(
+    torch.ops.dlu_triton.dlu_upsample,
+    lambda features, space, offsets, s, k, groups: (
+        _complexity.reassembly_flops(features, s, k) + _complexity.interpolation_flops(space, s)
+    ),
+)
+_registration.register_flops(torch.ops.dlu_triton.dlu_upsample_backward, _backward_flops)
+_registration.register_flops(
+    torch.ops.dlu_triton.expand_kernels,
+    lambda space, offsets, s, k, groups: _complexity.interpolation_flops(space, s),
+)
+_registration.register_flops(
+    torch.ops.dlu_triton.expand_kernels_backward,
+    lambda grad, space, offsets, s, k, groups, *wanted: sum(wanted) * _complexity.interpolation_adjoint_flops(space, s),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
