@@ -1,6 +1,7 @@
 """DLU and CARAFE upsampling and class activation maps for PyTorch, as Triton kernels."""
 
 from . import metrics, reference
+from ._complexity import Complexity, complexity
 from .explain import (
     AblationCAM,
     Explanation,
@@ -24,6 +25,7 @@ __all__ = [
     "AblationCAM",
     "CAMParts",
     "CARAFEPack",
+    "Complexity",
     "DLUPack",
     "Explanation",
     "FusedExplanation",
@@ -36,6 +38,7 @@ __all__ = [
     "carafe_upsample",
     "class_activation_map",
     "class_activation_parts",
+    "complexity",
     "dlu_upsample",
     "expand_kernels",
     "metrics",

@@ -1,4 +1,5 @@
-"""`python -m dlu_triton`: see the kernels agree with float64, what they do to a photograph, and what maps explain."""
+"""`python -m dlu_triton`: see the kernels agree with float64, what they do to a photograph, what maps explain, and
+what upsamplers cost."""
 
 import argparse
 import os
@@ -8,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import _launch
+from . import _checks, _launch
+
+
+def positive_integer(text: str) -> int:
+    return _checks.integer("the number", int(text), 1)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +35,18 @@ def main(arguments: list[str]) -> int:
     explain.add_argument(
         "--out", type=Path, default=Path("dlu_explain"), metavar="DIR", help="folder of the results (%(default)s)"
     )
+    complexity = commands.add_parser(
+        "complexity", help="count parameters and FLOPs of DLU and CARAFE, and check them against the papers' formulas"
+    )
+    complexity.add_argument(
+        "--channels", type=positive_integer, default=256, metavar="C", help="of the features (%(default)s)"
+    )
     options = parser.parse_args(arguments)
+
+    if options.command == "complexity":  # no kernel runs
+        from . import _count
+
+        return _count.run(options.channels)
 
     # Without a GPU `verify` is about the interpreted kernels, the demos about the CPU path. Triton decides at import.
     interpret = options.command == "verify"

@@ -51,6 +51,21 @@ def channel_groups(name: str, value: object, channels: int) -> int:
     return groups
 
 
+def pack(
+    channels: object, scale: object, kernel: object, groups: object, encoder_kernel: object, compressed: object
+) -> tuple[int, int, int, int, int, int]:
+    """Rules that `complexity` shares with the constructors of `DLUPack` and `CARAFEPack`; the values as ints."""
+    c = integer("channels", channels, 1)
+    return (
+        c,
+        scale_factor(scale),
+        kernel_size(kernel, "up_kernel"),
+        channel_groups("up_group", groups, c),
+        odd("encoder_kernel", encoder_kernel),
+        integer("compressed_channels", compressed, 1),
+    )
+
+
 def _floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

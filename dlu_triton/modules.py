@@ -40,13 +40,10 @@ class _Pack(nn.Module):
         compressed_channels: int = 64,
     ) -> None:
         super().__init__()
-        self.channels = _checks.integer("channels", channels, 1)
-        self.scale_factor = _checks.scale_factor(scale_factor)
-        self.up_kernel = _checks.kernel_size(up_kernel, "up_kernel")
-        self.up_group = _checks.channel_groups("up_group", up_group, self.channels)
-        self.encoder_kernel = _checks.odd("encoder_kernel", encoder_kernel)
+        sizes = _checks.pack(channels, scale_factor, up_kernel, up_group, encoder_kernel, compressed_channels)
+        self.channels, self.scale_factor, self.up_kernel, self.up_group = sizes[:4]
+        self.encoder_kernel, self.compressed_channels = sizes[4:]
         self.encoder_dilation = _checks.integer("encoder_dilation", encoder_dilation, 1)
-        self.compressed_channels = _checks.integer("compressed_channels", compressed_channels, 1)
         self.channel_compressor = nn.Conv2d(self.channels, self.compressed_channels, 1)
 
     def _encoder(self, out_channels: int) -> nn.Conv2d:

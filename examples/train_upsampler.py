@@ -59,7 +59,7 @@ CROP, BATCH = 64, 2  # pixels a side of a training crop, and crops of a step
 TILE = 128  # pixels a side of a held-out crop
 CHANNELS = 32  # of the encoder, and of the features that are upsampled
 COMPRESSED = 16  # channels in the encoders of CARAFE and DLU: half, as their default of 64 is made for 256
-KERNEL, ENCODER_KERNEL = 5, 3  # defaults of both
+KERNEL = 5  # default of both
 GROUPS = 4  # of DySample, its default
 STEPS = 1500
 # Set by the loss on training crops, in 800 steps of seed 99: of 4e-3 and 8e-3 the former was lower for DLU and CARAFE
@@ -121,12 +121,10 @@ def upsampler(method: str, scale: int) -> nn.Module:
 
 def cost(method: str, scale: int) -> tuple[int, int]:
     """Parameters, and FLOPs per source pixel, of an upsampler; softmax and the places of samples are not counted."""
-    outputs, taps = scale**2, KERNEL**2
     if method in ("carafe", "dlu"):
-        encoded = outputs * taps if method == "carafe" else taps + 2 * outputs
-        compressor, encoder = (CHANNELS + 1) * COMPRESSED, (COMPRESSED * ENCODER_KERNEL**2 + 1) * encoded
-        flops = 2 * compressor + 2 * encoder + 2 * outputs * taps * CHANNELS
-        return compressor + encoder, flops + (7 * outputs * taps if method == "dlu" else 0)
+        module = getattr(dlu_triton.complexity(CHANNELS, scale, KERNEL, compressed_channels=COMPRESSED), method)
+        return module.parameters, module.flops + module.interpolation_flops
+    outputs = scale**2
     if method == "dysample":
         offset = (CHANNELS + 1) * 2 * GROUPS * outputs
         return offset, 2 * offset + 7 * outputs * CHANNELS

@@ -74,7 +74,14 @@ def test_verify_interprets_by_itself_without_a_gpu():
     assert process.returncode == 7
 
 
-@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("verify", "extra")])
+def test_complexity_without_the_interpreter():
+    """As a user starts it; the rest of the command is in test_complexity.py."""
+    process = run("-m", "dlu_triton", "complexity")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.count("The claim holds.") == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("verify", "extra"), ("complexity", "--channels", "0")])
 def test_wrong_arguments_print_usage(arguments):
     process = run("-m", "dlu_triton", *arguments)
     assert process.returncode == 2

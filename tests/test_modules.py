@@ -199,6 +199,6 @@ def test_public_names():
     assert set(dlu_triton.__all__) == operators | {
         "CARAFE", "CARAFEPack", "DLUPack",
         "AblationCAM", "GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "XGradCAM",
-        "CAMParts", "Explanation", "FusedExplanation", "metrics", "overlay", "reference",
+        "CAMParts", "Complexity", "Explanation", "FusedExplanation", "complexity", "metrics", "overlay", "reference",
     }  # fmt: skip
     assert set(reference.__all__) == operators | {"CAMParts"}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _launch
 
@@ -82,6 +83,12 @@ class Operator:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._eager.apply(*arguments)
         return self.launch(*arguments)
+
+    def register_flops(self, formula: Callable[..., int]) -> None:
+        """Have `torch.utils.flop_counter.FlopCounterMode` count by a formula that takes the arguments, with shapes for
+        tensors."""
+        flop_registry.pop(self.op.overloadpacket, None)  # PyTorch refuses a second one, and modules may be reloaded
+        register_flop_formula(self.op.overloadpacket)(lambda *arguments, out_shape: formula(*arguments))
 
     def _forward(self, *arguments: Any) -> Any:
         """Inside a Function: nothing is differentiated or transformed any more."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from ..reference import CAMParts
 from . import _cam_kernels, _registration
 
@@ -192,6 +192,13 @@ weighted_activation_map_op = _registration.Operator(
     )[0],
     _eager_weighted,
     tensors=2,
+)
+
+class_activation_map_op.register_flops(
+    lambda activations, gradients, method, *_: _complexity.class_activation_flops(gradients, method),
+)
+weighted_activation_map_op.register_flops(
+    lambda activations, weights, *_: _complexity.weighted_activation_flops(activations, weights),
 )
 
 

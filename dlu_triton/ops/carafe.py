@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from . import _graph, _reassembly, _registration
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,6 +100,19 @@ carafe_upsample_op = _registration.Operator(
 # ---------------------------------------------------------------------------------------------------------------
 # Public functions
 # ---------------------------------------------------------------------------------------------------------------
+
+carafe_op.register_flops(
+    lambda features, masks, k, groups, s: _complexity.reassembly_flops(features, s, k),
+)
+carafe_op.gradients.register_flops(
+    lambda grad, features, masks, k, groups, s, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+)
+carafe_upsample_op.register_flops(
+    lambda features, logits, s, k, groups: _complexity.reassembly_flops(features, s, k),
+)
+carafe_upsample_op.gradients.register_flops(
+    lambda grad, features, logits, s, k, groups, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+)
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:

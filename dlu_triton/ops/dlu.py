@@ -1,12 +1,13 @@
 """DLU: reassembly with kernels that are sampled from a small kernel space at learned offsets."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _launch, reference
+from .. import _checks, _complexity, _launch, reference
 from . import _graph, _kernels, _reassembly, _registration
 
 _Launch = tuple[int, tuple[int, ...], dict[str, Any]]  # programs, sizes, constants
@@ -319,6 +320,28 @@ expand_kernels_op = _registration.Operator(
     traced=_graph.expand_kernels,
     tensors=2,
     gradients=_expand_kernels_gradients,
+)
+
+
+def _backward_flops(
+    grad: Sequence[int], features: Sequence[int], space: Sequence[int], offsets: Sequence[int],
+    s: int, k: int, groups: int, wants_features: bool, *wants_sampling: bool,
+) -> int:  # fmt: skip
+    reassembly = (wants_features + any(wants_sampling)) * _complexity.reassembly_flops(features, s, k)
+    return reassembly + sum(wants_sampling) * _complexity.interpolation_adjoint_flops(space, s)
+
+
+dlu_upsample_op.register_flops(
+    lambda features, space, offsets, s, k, groups: (
+        _complexity.reassembly_flops(features, s, k) + _complexity.interpolation_flops(space, s)
+    ),
+)
+dlu_upsample_op.gradients.register_flops(_backward_flops)
+expand_kernels_op.register_flops(
+    lambda space, offsets, s, k, groups: _complexity.interpolation_flops(space, s),
+)
+expand_kernels_op.gradients.register_flops(
+    lambda grad, space, offsets, s, k, groups, *wanted: sum(wanted) * _complexity.interpolation_adjoint_flops(space, s),
 )
 
 
