@@ -1,11 +1,18 @@
 """What the registered operators share: joining an op with its derivatives."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def know_shardings(tensor: Tensor) -> None:
+    """To be called before an operator is, with an argument of it: DTensors have to know how it runs on shards."""
+    if type(tensor) is not Tensor and "torch.distributed.tensor" in sys.modules:
+        from . import _sharding  # noqa: F401
 
 
 def empty_like_wanted(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:

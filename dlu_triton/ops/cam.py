@@ -331,6 +331,7 @@ def weighted_activation_map(
     _checks.kernel_device("activations", activations)
     several = weights.dim() == 3
     size = _checks.map_size(size)
+    _registration.know_shardings(activations)
     cam = weighted_activation_map_op(activations, weights if several else weights.unsqueeze(1), relu, size, normalize)
     return cam if several else cam.squeeze(1)
 
@@ -347,6 +348,7 @@ def _parts(
 ) -> CAMParts:
     _checks.kernel_device("activations", activations)
     several = gradients.dim() == 5
+    _registration.know_shardings(activations)
     cam, raw, weights, contributions, cancellation = class_activation_map_op(
         activations,
         gradients if several else gradients.unsqueeze(1),

@@ -146,6 +146,7 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         return reference.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.kernel_device("features", features)
+    _registration.know_shardings(features)
     return carafe_op(features, masks, kernel_size, group_size, scale_factor)
 
 
@@ -179,4 +180,5 @@ def carafe_upsample(
         return reference.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     _checks.kernel_device("features", features)
+    _registration.know_shardings(features)
     return carafe_upsample_op(features, logits, scale_factor, kernel_size, groups)

@@ -395,6 +395,7 @@ def dlu_upsample(
         return reference.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.kernel_device("features", features)
+    _registration.know_shardings(features)
     return dlu_upsample_op(features, kernel_space, offsets, scale_factor, kernel_size, groups)
 
 
@@ -431,4 +432,5 @@ def expand_kernels(
         return reference.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.kernel_device("kernel_space", kernel_space)
+    _registration.know_shardings(kernel_space)
     return expand_kernels_op(kernel_space, offsets, scale_factor, kernel_size, groups)
