@@ -31,6 +31,16 @@ def placements(names):
     return tuple(PLACEMENTS[name] for name in names)
 
 
+def device_mesh(device, shape):
+    """Of this shape, or of a single process if there is no other."""
+    return torch.distributed.init_device_mesh(device.type, [size if dist.get_world_size() > 1 else 1 for size in shape])
+
+
+def assert_placed(tensor, expected, what="result"):
+    """Placements mean nothing in a single process."""
+    assert dist.get_world_size() == 1 or tensor.placements == expected, f"{what}: {tensor.placements}"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # DTensors
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,7 +81,7 @@ def check_operator(
     `wanted` tells whose are asked for. Unless it `moves`, nothing is sent.
     """
     torch.manual_seed(0)
-    mesh = torch.distributed.init_device_mesh(device.type, tuple(mesh))
+    mesh = device_mesh(device, mesh)
     tensors, integers = inputs(operator, images, channels, groups)
     wanted = wanted or [True] * len(tensors)
     whole = [tensor.clone().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
@@ -94,13 +104,16 @@ def check_operator(
         found = getattr(dlu_triton, operator)(*shards, *integers)
         found.backward(grad_output)
     assert moves or sent.get_total_counts() == 0, sent.get_comm_counts()
-    assert expected is None or found.placements == placements(expected), found.placements
+    if expected:
+        assert_placed(found, placements(expected))
     assert not channels_last or found.to_local().is_contiguous(memory_format=torch.channels_last)
+    assert found.shape == output.shape
     torch.testing.assert_close(found.full_tensor().cpu(), output.detach())
     for i, (shard, tensor, want) in enumerate(zip(shards, whole, wanted, strict=True)):
         assert (shard.grad is not None) == want, f"argument {i}"
         if want:
-            assert not gradients or shard.grad.placements == placements(gradients[i]), f"argument {i}: {shard.grad}"
+            if gradients:
+                assert_placed(shard.grad, placements(gradients[i]), f"argument {i}")
             torch.testing.assert_close(
                 shard.grad.full_tensor().cpu(), tensor.grad, msg=lambda text, i=i: f"argument {i}: {text}"
             )
@@ -109,7 +122,7 @@ def check_operator(
 def check_maps(device, mesh, given, expected, moves=False):
     """Class activation maps, likewise; with several settings, which DTensor must not take for one another."""
     torch.manual_seed(0)
-    mesh = torch.distributed.init_device_mesh(device.type, tuple(mesh))
+    mesh = device_mesh(device, mesh)
     activations, gradients = torch.randn(3, 5, 4, 4).double(), torch.randn(3, 2, 5, 4, 4).double()
     weights = torch.randn(3, 2, 5).double()
 
@@ -127,9 +140,11 @@ def check_maps(device, mesh, given, expected, moves=False):
         with CommDebugMode() as sent:
             parts, cam, several = calls(dlu_triton, *sharded, **settings)
         assert moves or sent.get_total_counts() == 0, sent.get_comm_counts()
-        assert parts[0].placements == cam.placements == several.placements == placements(expected)
+        for cams in (parts[0], cam, several):
+            assert_placed(cams, placements(expected))
         expected_parts, *others = calls(reference, activations, gradients, weights, **settings)
         for found, right in zip([*parts, cam, several], [*expected_parts, *others], strict=True):
+            assert found.shape == right.shape, settings
             torch.testing.assert_close(found.full_tensor().cpu(), right)
 
 
@@ -181,7 +196,7 @@ def check_training(device, wrap, pack, optimiser, steps):
     if wrap == "DDP":
         trained = DistributedDataParallel(net, device_ids=None if device.type == "cpu" else [device])
     else:
-        mesh = torch.distributed.init_device_mesh(device.type, (processes,))
+        mesh = device_mesh(device, (processes,))
         for layer in net:
             if list(layer.parameters()):
                 fully_shard(layer, mesh=mesh)
@@ -203,7 +218,7 @@ def check_mixed_precision(device, pack):
     alone = Network(pack).to(device)
     net = copy.deepcopy(alone)
     expected = torch.tensor(losses(alone, torch.optim.SGD(alone.parameters(), lr=0.1), images, targets, 3))
-    mesh = torch.distributed.init_device_mesh(device.type, (processes,))
+    mesh = device_mesh(device, (processes,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(net[2], mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, mp_policy=policy)
@@ -214,14 +229,18 @@ def check_mixed_precision(device, pack):
 
 
 def main():
-    directory, rank, processes, kind = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    directory, rank, processes, device = (
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        torch.device(sys.argv[4]),
+    )
     torch.set_num_threads(1)
-    several = kind == "cuda" and torch.cuda.device_count() >= processes
-    device = torch.device(kind, rank if several else 0) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
+    if device.type == "cuda":
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if several else "gloo",
+        "nccl" if device.type == "cuda" else "gloo",
         init_method=f"file://{directory}/meeting",
         rank=rank,
         world_size=processes,

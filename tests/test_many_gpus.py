@@ -131,11 +131,15 @@ INTERPRETED = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, device):
-    return run(tmp_path_factory.mktemp("two"), device.type, 2, TRAINING | SHARDED)
+    """On a single GPU one process takes the cases of two."""
+    processes = 2 if device.type == "cpu" else min(2, torch.cuda.device_count())
+    return run(tmp_path_factory.mktemp("two"), device.type, processes, TRAINING | SHARDED)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory, device):
+    if device.type == "cuda" and torch.cuda.device_count() < 4:
+        pytest.skip("needs four GPUs")
     return run(tmp_path_factory.mktemp("four"), device.type, 4, MESHES)
 
 
