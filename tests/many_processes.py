@@ -6,6 +6,7 @@ null}. Every process runs all of it.
 
 import copy
 import datetime
+import functools
 import json
 import sys
 import traceback
@@ -33,7 +34,11 @@ def placements(names):
 
 def device_mesh(device, shape):
     """Of this shape, or of a single process if there is no other."""
-    return torch.distributed.init_device_mesh(device.type, [size if dist.get_world_size() > 1 else 1 for size in shape])
+    return _device_mesh(device.type, tuple(size if dist.get_world_size() > 1 else 1 for size in shape))
+
+
+# One for all checks: torch.compile fails on DTensors once a second mesh of the same shape was made (torch 2.13).
+_device_mesh = functools.cache(torch.distributed.init_device_mesh)
 
 
 def assert_placed(tensor, expected, what="result"):
@@ -146,6 +151,26 @@ def check_maps(device, mesh, given, expected, moves=False):
         for found, right in zip([*parts, cam, several], [*expected_parts, *others], strict=True):
             assert found.shape == right.shape, settings
             torch.testing.assert_close(found.full_tensor().cpu(), right)
+
+
+def check_compiled(device):
+    """torch.compile takes DTensors through an operator and its backward pass."""
+    torch.manual_seed(0)
+    mesh = device_mesh(device, (dist.get_world_size(),))
+    tensors, integers = inputs("dlu_upsample", 2, 4, 1)
+    upstream = distribute_tensor(torch.randn(2, 4, 4, 6).double().to(device), mesh, [Shard(0)])
+
+    def call(*arguments):
+        return dlu_triton.dlu_upsample(*arguments, *integers).mul(2)
+
+    results = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        shards = [distribute_tensor(tensor.to(device), mesh, [Shard(0)]).requires_grad_() for tensor in tensors]
+        output = function(*shards)
+        assert_placed(output, placements(["S0"]))
+        output.backward(upstream)
+        results.append([each.full_tensor() for each in (output, *(shard.grad for shard in shards))])
+    torch.testing.assert_close(*results)
 
 
 # ---------------------------------------------------------------------------------------------------------------

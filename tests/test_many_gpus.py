@@ -73,6 +73,7 @@ SHARDED = {
     "dlu_upsample-frozen-kernel-space": on_shards(
         "dlu_upsample", [["S0"]] * 3, ["S0"], [["S0"], [], ["S0"]], wanted=[True, False, True]
     ),
+    "compiled": ("compiled", {}),
     "maps-batch": ("maps", dict(mesh=[2], given=["S0"], expected=["S0"])),
     "maps-channels": ("maps", dict(mesh=[2], given=["S1"], expected=["R"], moves=True)),
 }
