@@ -1,5 +1,6 @@
 """What the operators share: how each is registered with PyTorch, differentiated, and which way a call of it takes."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,15 +71,17 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         kernels = _launch.runs_kernels(arguments[0])
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.op(*arguments) if kernels and not torch.onnx.is_in_onnx_export() else self.traced(*arguments)
         tensors = arguments[: self.tensors]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            registered = (kernels and not torch.onnx.is_in_onnx_export()) or _sharded(tensors)
+            return self.op(*arguments) if registered else self.traced(*arguments)
         plain = _plain(tensors)
         if (plain and not kernels) or forward_ad._current_level >= 0:
             return self.twin(*arguments)
         if torch._C._are_functorch_transforms_active():
             return self._transformed.apply(*arguments)
         if not plain:
+            _sharded(tensors)
             return self.op(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._eager.apply(*arguments)
@@ -166,6 +169,18 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors
     )
+
+
+def _sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of these is a DTensor, which learns here how the operators run on shards."""
+    if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    sharding = sys.modules.get("torch.distributed.tensor")  # takes long to import, and who has a DTensor has done so
+    if sharding is None or not any(isinstance(tensor, sharding.DTensor) for tensor in tensors):
+        return False
+    from . import _sharding  # noqa: F401
+
+    return True
 
 
 def _pull_back(
