@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _reassembly, _registration
+from . import _graph, _reassembly, _registration
 
 
 @torch.library.custom_op("dlu_triton::carafe", mutates_args=())
@@ -142,6 +142,8 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
+    if _graph.exporting_to_onnx():
+        return _graph.carafe(features, masks, kernel_size, group_size, scale_factor)
     if not _launch.runs_kernels(features):
         return reference.carafe(features, masks, kernel_size, group_size, scale_factor)
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
@@ -175,6 +177,8 @@ def carafe_upsample(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
+    if _graph.exporting_to_onnx():
+        return _graph.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     if not _launch.runs_kernels(features):
         return reference.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _launch, reference
-from . import _kernels, _reassembly, _registration
+from . import _graph, _kernels, _reassembly, _registration
 
 _Launch = tuple[int, tuple[int, ...], dict[str, Any]]  # programs, sizes, constants
 
@@ -391,6 +391,8 @@ def dlu_upsample(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
+    if _graph.exporting_to_onnx():
+        return _graph.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     if not _launch.runs_kernels(features):
         return reference.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
@@ -427,6 +429,8 @@ def expand_kernels(
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size or the device does not fit.
     """
+    if _graph.exporting_to_onnx():
+        return _graph.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     if not _launch.runs_kernels(kernel_space):
         return reference.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
