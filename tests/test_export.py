@@ -36,12 +36,11 @@ def in_a_process(*arguments: object, environment: dict[str, str] = WITHOUT_THE_I
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """A GPU's convolutions in float32, not in TF32."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    """Float32 is float32, whatever the GPU's convolutions would rather take; by the flag that torch.export reads."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    convolutions.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 # torch.export
