@@ -14,9 +14,6 @@ import torch
 
 SCRIPT = Path(__file__).parent / "many_processes.py"
 PATIENCE = 120  # seconds that all checks of some processes may take
-EAGER_DTENSORS = pytest.mark.xfail(
-    not torch.cuda.is_available(), reason="on CPU tensors the registered operators have kernels only"
-)
 TENSORS = {"carafe": 2, "carafe_upsample": 2, "dlu_upsample": 3, "expand_kernels": 2}
 WITH_FEATURES = [name for name in TENSORS if name != "expand_kernels"]
 
@@ -154,13 +151,11 @@ def test_training_is_that_of_one_process(case, two):
     assert not two[case], "\n".join(two[case])
 
 
-@EAGER_DTENSORS
 @pytest.mark.parametrize("case", SHARDED)
 def test_dtensors_on_two_processes(case, two):
     assert not two[case], "\n".join(two[case])
 
 
-@EAGER_DTENSORS
 @pytest.mark.parametrize("case", MESHES)
 def test_dtensors_on_four_processes(case, four):
     assert not four[case], "\n".join(four[case])

@@ -1,8 +1,11 @@
-"""The upsampling operators in few ATen operators, each of which is one of ONNX: what `torch.onnx.export` is given.
+"""The upsamplers in a few ATen operators: what compilers on a CPU, `torch.export` there, and ONNX are given.
 
-The twins of `dlu_triton.reference` are as many multiply-adds as a kernel has taps. Here the windows of k*k source
-pixels are one convolution with the identity, the sums of all outputs of a source pixel one matrix product, and sampling
-is `grid_sample`. That builds the unfolded tensor. bench/NOTES.md has the forms that were measured beside this one.
+The twins of `dlu_triton.reference` are as many multiply-adds as a kernel has taps, and gather: large graphs, minutes of
+compilation, and scatters that Inductor of torch 2.13 gets wrong on CPUs with several threads (pytorch#191837). Here
+sampling is `grid_sample`. For a compiler, reassembly is one sum of products over a view of all windows, which it fuses,
+so that nothing is unfolded; in an exported program, which may run operator by operator, the windows are one convolution
+with the identity and the sums one matrix product: operators that ONNX has, on unfolded features. Arguments are checked
+already. bench/NOTES.md has the forms that were measured beside these.
 """
 
 import math
@@ -11,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks, _launch
-
-
-def exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` is tracing the call; in eager code this is the look at one flag.
-
-    Not where it falls back on Dynamo, which takes `is_in_onnx_export` for False.
-    """
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+from .. import _launch
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     """See `dlu_triton.carafe`."""
-    _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
     kernels = _beside(F.pixel_unshuffle(masks, scale_factor), group_size, kernel_size, scale_factor)
     return _reassemble(features, kernels, group_size, scale_factor)
 
@@ -33,7 +27,6 @@ def carafe_upsample(
     features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
-    _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
     kernels = _beside(logits, groups, kernel_size, scale_factor).softmax(dim=1)
     return _reassemble(features, kernels, groups, scale_factor)
 
@@ -42,7 +35,6 @@ def expand_kernels(
     kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`."""
-    _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
     n, c, h, w = kernel_space.shape
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     return F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor).to(kernel_space.dtype)
@@ -52,7 +44,6 @@ def dlu_upsample(
     features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
-    _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     return _reassemble(features, kernels, groups, scale_factor)
 
@@ -75,9 +66,13 @@ def _sample(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_siz
     rows = torch.arange(0.5, h, dtype=dtype, device=offsets.device)[:, None, None]
     # -1 and 1 are the edges of the image: between its outermost pixels a side of one pixel would divide by zero.
     grid = torch.cat(((dx + columns) * (2 / w), (dy + rows) * (2 / h)), dim=-1) - 1
-    sampled = F.grid_sample(
-        space, grid.reshape(n * groups, scale_factor**2 * h, w, 2), padding_mode="border", align_corners=False
-    )
+    grid = grid.reshape(n * groups, scale_factor**2 * h, w, 2)
+    bad = None
+    if not torch.onnx.is_in_onnx_export():
+        bad = grid.isnan().any(dim=-1).unsqueeze(1)
+        grid = grid.nan_to_num(nan=0.0)  # on a CPU the gradient at NaN crashes the process
+    sampled = F.grid_sample(space, grid, padding_mode="border", align_corners=False)
+    sampled = sampled if bad is None else sampled.masked_fill(bad, math.nan)
     return sampled.reshape(n * groups, kernel_size**2, scale_factor**2, h, w)
 
 
