@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -129,7 +130,9 @@ class Operator:
         pairs = zip(arguments[: self.tensors], arguments[-self.tensors :], strict=True)
         return [torch.empty_like(tensor) for tensor, want in pairs if want]
 
-    def _fold(self, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    def _fold(
+        self, info: Any, in_dims: tuple[int | None, ...], *arguments: Any, run: Callable[..., Any] | None = None
+    ) -> tuple[Any, Any]:
         """A batch dimension of vmap goes into that of the images, which all tensors and results have first."""
         size = info.batch_size
 
@@ -140,19 +143,24 @@ class Operator:
             return tensor.unflatten(0, (size, tensor.shape[0] // size))
 
         folded = [fold(*pair) for pair in zip(arguments[: self.tensors], in_dims, strict=False)]
-        results = self(*folded, *arguments[self.tensors :])
+        results = (run or self)(*folded, *arguments[self.tensors :])
         if isinstance(results, Tensor):
             return unfold(results), 0
         return tuple(unfold(each) for each in results), (0,) * len(results)
 
     def _fold_registered(self, *arguments: Any) -> tuple[Any, Any]:
-        """A registered op that returns a list goes on returning one."""
-        results, dims = self._fold(*arguments)
+        """Calls the op, which returns a list if it did before."""
+        results, dims = self._fold(*arguments, run=self.op)
         return (list(results), list(dims)) if self._lists else (results, dims)
 
     def _by_twin(self, *arguments: Any) -> Any:
-        """By the twin, with the strides that the registered op promises."""
-        promised, results = self._fake(*arguments), self.twin(*arguments)
+        """By the twin, with the strides that the registered op promises.
+
+        In a thread of its own, where the dispatcher is as it starts: inside an op it knows no derivatives.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            results = thread.submit(torch.no_grad()(self.twin), *arguments).result()
+        promised = self._fake(*arguments)
         if isinstance(promised, Tensor):
             return promised.copy_(results)
         pairs = zip(promised, results, strict=True)
@@ -192,15 +200,17 @@ def _pull_back(
 ) -> Sequence[Tensor]:
     """Gradients of the wanted tensors by an eager twin, differentiable again, in any order and by any transform."""
 
-    def outputs(*some: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Those with a gradient, and these gradients."""
+    kept: list[Tensor] = []
+
+    def outputs(*some: Tensor) -> tuple[Tensor, ...]:
+        """Those with a gradient, which is kept."""
         given = iter(some)
         results = twin(*(next(given) if want else t for t, want in zip(tensors, wanted, strict=True)), *others)
         results = (results,) if isinstance(results, Tensor) else results
         pairs = zip(results, grad_outputs, strict=True)
         both = [(result, grad) for result, grad in pairs if result is not None and grad is not None]
-        return tuple(result for result, _ in both), tuple(grad for _, grad in both)
+        kept.extend(grad for _, grad in both)
+        return tuple(result for result, _ in both)
 
-    some = (t for t, want in zip(tensors, wanted, strict=True) if want)
-    _, pull, grads = torch.func.vjp(outputs, *some, has_aux=True)
-    return pull(grads)
+    _, pull = torch.func.vjp(outputs, *(t for t, want in zip(tensors, wanted, strict=True) if want))
+    return pull(tuple(kept))
