@@ -215,7 +215,7 @@ def _flags(**values: object) -> None:
 def non_negative(name: str, value: object) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 

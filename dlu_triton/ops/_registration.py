@@ -18,10 +18,10 @@ class Operator:
 
     Called with tensors first and everything positional, it takes the first that fits of
 
+    - inside a level of forward-mode differentiation: the eager twin, as registered ops would drop the derivative;
     - while tracing (torch.compile, torch.export): the registered op, which stands in the graph; on a CPU, or for ONNX,
       the traced form;
     - on plain CPU tensors: the eager twin;
-    - inside a level of forward-mode differentiation: the eager twin;
     - inside torch.func's transforms: an `autograd.Function` that they can take apart;
     - for tensor subclasses and under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode): the
       registered op, which on CPU tensors computes by the eager twin;
@@ -73,11 +73,13 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         kernels = _launch.runs_kernels(arguments[0])
         tensors = arguments[: self.tensors]
+        if forward_ad._current_level >= 0:
+            return self.twin(*arguments)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             registered = (kernels and not torch.onnx.is_in_onnx_export()) or _sharded(tensors)
             return self.op(*arguments) if registered else self.traced(*arguments)
         plain = _plain(tensors)
-        if (plain and not kernels) or forward_ad._current_level >= 0:
+        if plain and not kernels:
             return self.twin(*arguments)
         if torch._C._are_functorch_transforms_active():
             return self._transformed.apply(*arguments)
