@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _launch
+
+# What `torch.func.vjp` needs of the dispatcher.
+_TRANSFORMS = tuple(
+    getattr(torch._C.DispatchKey, f"FuncTorch{name}")
+    for name in ("DynamicLayerFrontMode", "DynamicLayerBackMode", "GradWrapper")
+)
 
 
 class Operator:
@@ -152,7 +159,11 @@ class Operator:
 
     def _by_twin(self, *arguments: Any) -> Any:
         """By the twin, with the strides that the registered op promises."""
-        promised, results = self._fake(*arguments), self.twin(*arguments)
+        promised = self._fake(*arguments)
+        with ExitStack() as inside:
+            for key in _TRANSFORMS:  # below a dispatch mode they are off, and the derivatives of a twin are a transform
+                inside.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+            results = self.twin(*arguments)
         if isinstance(promised, Tensor):
             return promised.copy_(results)
         pairs = zip(promised, results, strict=True)
