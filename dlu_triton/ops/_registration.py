@@ -176,9 +176,14 @@ def _function(name: str, **methods: Callable[..., Any]) -> Any:
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors with memory of their own, and nobody wants to see what is done with them."""
+    """Whether these are tensors whose values are in memory, and nobody wants to see what is done with them.
+
+    Those of a lazy negation, which such views as the imaginary part of a conjugate have, are not; PyTorch resolves them
+    on the way to a registered op.
+    """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta for tensor in tensors
+        type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg()
+        for tensor in tensors
     )
 
 
