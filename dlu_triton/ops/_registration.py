@@ -29,8 +29,8 @@ class Operator:
     - on plain CPU tensors: the eager twin;
     - inside a level of forward-mode differentiation: the eager twin;
     - inside torch.func's transforms: an `autograd.Function` that they can take apart;
-    - for tensor subclasses and under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode): the
-      registered op, which on CPU tensors computes by the eager twin;
+    - for tensor subclasses, under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode) and for views
+      with a lazy negation: the registered op, which on CPU tensors computes by the eager twin;
     - in eager PyTorch: the launches themselves, inside an `autograd.Function` if a gradient may be wanted. A registered
       op would cost the host several times as much (`bench/NOTES.md`, "Host").
 
