@@ -4,17 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 import dlu_triton
-from dlu_triton import _verify
+from dlu_triton import _count, _verify
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text()
-UPSAMPLE, DEFINITIONS, EXPLAIN, MIGRATION, SUBCLASS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+UPSAMPLE, DEFINITIONS, EXPLAIN, MIGRATION, SUBCLASS, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CHECKS = {
     UPSAMPLE: "assert output.shape == (2, 64, 50, 84) and features.grad is not None",
     EXPLAIN: "assert explanation.map.shape == (2, 64, 64) and several.map.shape == (2, 3, 64, 64)\n"
@@ -33,6 +34,34 @@ def test_example_runs_when_pasted(example):
     script = f"{seed}\n{example}\n{CHECKS[example]}\n"
     process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_export_runs_when_pasted(tmp_path):
+    """The exporter talks about what it does."""
+    pytest.importorskip("onnxscript")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", EXPORT], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert {"upsampler.pt2", "upsampler.onnx"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_rows_of_what_it_works_with_link_to_tests():
+    table = README.partition("## Works with")[2].partition("\n\n\\*")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 20
+    for row in rows:
+        links = re.findall(r"\[(test_\w+)\]\((tests/test_\w+\.py)\)", row.split("|")[3])
+        assert links, row
+        for name, path in links:
+            assert f"\ndef {name}(" in ROOT.joinpath(path).read_text(), row
+
+
+def test_table_of_costs_is_what_the_command_prints(capsys):
+    assert _count.run(256) == 0
+    printed = textwrap.indent(capsys.readouterr().out.rstrip(), "    ", lambda line: bool(line.strip()))
+    assert printed in README
 
 
 @pytest.mark.parametrize("operator", _verify.OPERATORS)

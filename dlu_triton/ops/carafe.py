@@ -134,8 +134,8 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
         scale_factor: from 1 to 16.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features. Half precision is
-        summed in float32.
+        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
+        the dtype of the region, to which features other than float64 are cast. Half precision is summed in float32.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
@@ -165,8 +165,8 @@ def carafe_upsample(
         groups: number of channel groups, a divisor of C; each has kernels of its own.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features. Softmax and sums
-        are float32 at least.
+        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
+        the dtype of the region, to which features other than float64 are cast. Softmax and sums are float32 at least.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.

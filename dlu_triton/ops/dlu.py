@@ -371,8 +371,9 @@ def dlu_upsample(
     Float32 and half precision may be mixed among the three tensors; float64 goes with float64 only.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features. Half precision is
-        summed in float32; coordinates are float32 (float64 for float64). A NaN offset makes its own output NaN.
+        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
+        the dtype of the region, to which features other than float64 are cast. Half precision is summed in float32;
+        coordinates are float32 (float64 for float64). A NaN offset makes its own output NaN.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
@@ -406,7 +407,8 @@ def expand_kernels(
 
     Returns:
         (N, groups * kernel_size^2, scale_factor * H, scale_factor * W), in the dtype and memory format of
-        kernel_space; the kernel_size^2 channels of each group sum to 1.
+        kernel_space, under autocast in the dtype of the region, to which a kernel_space other than float64 is cast; the
+        kernel_size^2 channels of each group sum to 1.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
