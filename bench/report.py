@@ -763,16 +763,17 @@ def host(run: Run | None) -> str:
     notes = Notes()
 
     def cell(record: Fields) -> str:
-        return f"{number(record['seconds'], 1e6)} ({number(record['least_seconds'], 1e6)})"
+        return f"{number(record['least_seconds'], 1e6)} ({number(record['seconds'], 1e6)})"
 
     rows = [
         [key.op, key.direction, *(notes.cell(impls.get(impl), cell) for impl in HOST_COLUMNS)]
         for key, impls in run.records.items()
     ]
     cases = dict.fromkeys(f"{key.case} {key.dtype}" for key in run.records)
+    load = f"Load average {number(run.machine['load_average'])} on {run.machine['processors']} processors."
     parts = [
-        _gpu_machine(run) if on_gpu else _cpu_machine(run),
-        f"Microseconds until a call gives control back, median (least), of {', '.join(cases)}. {HOST_LEGEND}",
+        f"{_gpu_machine(run) if on_gpu else _cpu_machine(run)} {load}",
+        f"Microseconds until a call gives control back, least (median), of {', '.join(cases)}. {HOST_LEGEND}",
         *([] if on_gpu else [NO_DRIVER]),
         notes.below(markdown(["op", "pass", *HOST_COLUMNS.values()], rows, 2)),
     ]

@@ -27,6 +27,8 @@ MACHINE = {
     "triton": "7.8",
     "python_version": "9.10",
     "torch_threads": 3,
+    "processors": 4,
+    "load_average": 1.234,
     "cpu": {"brand_raw": "Made-up CPU"},
     "commit": "0123456789abcdef",
     "dirty": False,
@@ -374,15 +376,16 @@ def test_the_part_of_the_host(root, device):
     text = block(root, "host")
     assert ("Made-up CPU, threads: 3" if device == "cpu" else "Made-up GPU, driver 1.2") in text
     assert ("without a GPU" in text) == (device == "cpu")
+    assert "Load average 1.23 on 4 processors." in text
     assert "of 2x8x4x5 s 2 k 5 bfloat16." in text
     columns = {
-        "op": "dlu_upsample", "pass": "forward", "a call": "40 (30)", "of it checks": "4 (3)",
-        "of it launches": "20 (15)", "by the registered op": "60 (45)", "<code>Function</code>": "8 (6)",
-        "<code>F.grid_sample</code>": "2 (1.5)",
+        "op": "dlu_upsample", "pass": "forward", "a call": "30 (40)", "of it checks": "3 (4)",
+        "of it launches": "15 (20)", "by the registered op": "45 (60)", "<code>Function</code>": "6 (8)",
+        "<code>F.grid_sample</code>": "1.5 (2)",
     }  # fmt: skip
     forward, graph = table(text)
     assert forward == columns
-    assert (graph["pass"], graph["a call"], graph["of it launches"]) == ("forward with a graph", "90 (67.5)", "")
+    assert (graph["pass"], graph["a call"], graph["of it launches"]) == ("forward with a graph", "67.5 (90)", "")
 
 
 def test_the_part_of_the_host_is_in_no_other_table(root):
