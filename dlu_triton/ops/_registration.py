@@ -27,7 +27,7 @@ class Operator:
     - for tensor subclasses and under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode): the
       registered op, which on CPU tensors computes by the eager twin;
     - in eager PyTorch: the launches themselves, inside an `autograd.Function` if a gradient may be wanted. A registered
-      op would cost the host several times as much (`bench/NOTES.md`, "Host").
+      op would cost the host about half as much again (`bench/NOTES.md`, "Host").
 
     Args:
         name: of the registered op, `torch.ops.dlu_triton.<name>`.
