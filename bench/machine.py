@@ -22,6 +22,8 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "triton": triton.__version__,
+        "processors": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # of the last minute: what else ran
         # A copy without its history may be told what it is a copy of.
         "commit": _output("git", "-C", folder, "rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
         "dirty": None if status is None else status != "",

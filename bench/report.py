@@ -4,6 +4,7 @@ python -m dlu_triton explain && cp dlu_explain/explain.json bench/results/
 python examples/train_upsampler.py && cp dlu_train/train.json bench/results/
 python -m pytest bench --full --benchmark-only --benchmark-json bench/results/gpu.json  # where there is a GPU
 python -m pytest bench --benchmark-only --benchmark-json bench/results/cpu.json  # where there is none
+python -m pytest bench/test_host.py --benchmark-only --benchmark-json bench/results/host.json  # on either
 python bench/report.py
 
 README gets a summary; the tables of every case are bench/results/gpu.md and cpu.md. The GPU's results may be shards of
@@ -39,7 +40,7 @@ import train_upsampler  # noqa: E402
 RESULTS = Path("bench/results")
 PLOTS = RESULTS / "plots"
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
-MAKE = "python -m pytest bench {}--benchmark-only --benchmark-json {} && python bench/report.py"
+MAKE = "python -m pytest {} --benchmark-only --benchmark-json {} && python bench/report.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -85,6 +86,7 @@ class Run(NamedTuple):
 
 FULL_ELEMENTS = 10**7  # of the output, beyond which the GPU counts as full
 PASSES = ("forward", "backward", "forward+backward", "step", "explanation")
+HOST = "host"  # the group of the benchmarks of the host's part
 # Other mathematics at the same shapes, shown beside the upsamplers for context.
 CONTEXT, UPSAMPLERS = ("interpolate", "dysample"), ("dlu_upsample", "carafe_upsample", "carafe")
 
@@ -102,12 +104,15 @@ class Part(NamedTuple):
     records: list[Fields]
 
 
-def read(root: Path, pattern: str, device: str, *, allow_dirty: bool) -> Run | None:
-    """The run of the results files of that name, if there are any; ValueError unless it is whole and says of what."""
+def read(root: Path, pattern: str, device: str | None, *, allow_dirty: bool, group: str | None = None) -> Run | None:
+    """The run of the results files of that name, if there are any; ValueError unless it is whole and says of what.
+
+    Of the benchmarks of the host's part, which are a group of their own, or of all others; `device` None is any.
+    """
     paths = sorted(path.relative_to(root) for path in root.joinpath(RESULTS).glob(pattern))
     if not paths:
         return None
-    parts = [_part(root, path, device, allow_dirty=allow_dirty) for path in paths]
+    parts = [_part(root, path, device, group, allow_dirty=allow_dirty) for path in paths]
     _check_shards(parts, RESULTS / pattern)
     records = defaultdict(dict)
     for part in parts:
@@ -120,10 +125,10 @@ def read(root: Path, pattern: str, device: str, *, allow_dirty: bool) -> Run | N
     return Run(str(path), parts[0].selection["name"], parts[0].machine, dict(records))
 
 
-def _part(root: Path, path: Path, device: str, *, allow_dirty: bool) -> Part:
+def _part(root: Path, path: Path, device: str | None, group: str | None, *, allow_dirty: bool) -> Part:
     contents = Fields(str(path), json.loads(root.joinpath(path).read_text()))
     machine = Fields(f"machine_info of {path}", contents["machine_info"])
-    if machine["device"] != device:
+    if device not in (None, machine["device"]):
         raise ValueError(f"{path} must be of device {device!r}, got {machine['device']!r}")
     if not allow_dirty and (machine["dirty"] or machine["commit"] is None):
         raise ValueError(f"{path} must be measured at a commit, got a dirty tree or none: commit, then measure again")
@@ -133,8 +138,12 @@ def _part(root: Path, path: Path, device: str, *, allow_dirty: bool) -> Part:
     if selection["keyword"]:
         raise ValueError(f"{path} must hold a whole selection, got {selection['keyword']!r} of it")
     measured = [
-        Fields(f"{each['name']} of {path}", {**each["extra_info"], "seconds": each["stats"]["median"]})
+        Fields(
+            f"{each['name']} of {path}",
+            {**each["extra_info"], "seconds": each["stats"]["median"], "least_seconds": each["stats"]["min"]},
+        )
         for each in contents["benchmarks"]
+        if (each["group"] == HOST) == (group == HOST)
     ]
     unsupported = [Fields(f"a record of `unsupported` of {path}", each) for each in contents["unsupported"]]
     return Part(path, selection, machine, [*measured, *unsupported])
@@ -634,7 +643,7 @@ GPU_CASES, CPU_CASES = RESULTS / "gpu.md", RESULTS / "cpu.md"
 
 def gpu(run: Run | None) -> str:
     if run is None:
-        command = MAKE.format("--full ", RESULTS / "gpu.json")
+        command = MAKE.format("bench --full", RESULTS / "gpu.json")
         return f"Not measured yet. On a machine with a GPU and a clean tree:\n\n    {command}"
     parts = [
         _gpu_machine(run),
@@ -691,7 +700,7 @@ def _gpu_machine(run: Run) -> str:
 def cpu(run: Run | None) -> str:
     """On a CPU the eager twins are what the operators run."""
     if run is None:
-        return f"Not measured yet. On a machine without a GPU:\n\n    {MAKE.format('', RESULTS / 'cpu.json')}"
+        return f"Not measured yet. On a machine without a GPU:\n\n    {MAKE.format('bench', RESULTS / 'cpu.json')}"
     keys = run.select("eager", "dlu_upsample")
     table = compared(run, keys, "eager", ("time, ms", 1e3), {}, "direction", "case", "dtype", "layout")
     parts = [
@@ -721,6 +730,54 @@ def cpu_cases(run: Run) -> str:
 def _cpu_machine(run: Run) -> str:
     brand = Fields("cpu of machine_info", run.machine["cpu"])["brand_raw"]
     return _machine(run, f"{brand}, threads: {run.machine['torch_threads']}")
+
+
+HOST_COLUMNS = {
+    "dlu_triton": "a call",
+    "checks": "of it checks",
+    "launches": "of it launches",
+    "registered": "by the registered op",
+    "Function": "<code>Function</code>",
+    "grid_sample": "<code>F.grid_sample</code>",
+}
+HOST_LEGEND = (
+    "By the registered op: the same call if it and its gradients went through PyTorch's dispatcher, as they do while "
+    "tracing. <code>Function</code>: an <code>autograd.Function</code> of as many tensors that only allocates what it "
+    "returns. <code>F.grid_sample</code>: PyTorch's own operator on such a map. Checks and launches with a graph are "
+    "those without."
+)
+NO_DRIVER = (
+    "This is **without a GPU**, by a stub in the driver's place: what Triton's launcher and the driver take for each "
+    "launch, some microseconds, is missing. A forward pass has one launch, with DLU two; a backward pass two, with DLU "
+    "four; <code>Function</code> has none. <code>F.grid_sample</code> runs on the CPU here, with next to nothing to "
+    "compute, and has no launches either, of which it would have one or two on a GPU."
+)
+
+
+def host(run: Run | None) -> str:
+    """What the host does for a call in eager code, apart from the device."""
+    if run is None:
+        command = MAKE.format("bench/test_host.py", RESULTS / "host.json")
+        return f"Not measured yet. With or without a GPU:\n\n    {command}"
+    on_gpu = run.machine["device"] == "cuda"
+    notes = Notes()
+
+    def cell(record: Fields) -> str:
+        return f"{number(record['least_seconds'], 1e6)} ({number(record['seconds'], 1e6)})"
+
+    rows = [
+        [key.op, key.direction, *(notes.cell(impls.get(impl), cell) for impl in HOST_COLUMNS)]
+        for key, impls in run.records.items()
+    ]
+    cases = dict.fromkeys(f"{key.case} {key.dtype}" for key in run.records)
+    load = f"Load average {number(run.machine['load_average'])} on {run.machine['processors']} processors."
+    parts = [
+        f"{_gpu_machine(run) if on_gpu else _cpu_machine(run)} {load}",
+        f"Microseconds until a call gives control back, least (median), of {', '.join(cases)}. {HOST_LEGEND}",
+        *([] if on_gpu else [NO_DRIVER]),
+        notes.below(markdown(["op", "pass", *HOST_COLUMNS.values()], rows, 2)),
+    ]
+    return "\n\n".join(parts)
 
 
 def explanations(root: Path) -> str:
@@ -928,9 +985,11 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     """What the files that are made of the results should hold."""
     on_gpu = read(root, "gpu*.json", "cuda", allow_dirty=allow_dirty)
     on_cpu = read(root, "cpu.json", "cpu", allow_dirty=allow_dirty)
+    on_host = read(root, "host.json", None, allow_dirty=allow_dirty, group=HOST)
     trained = read_training(root, allow_dirty=allow_dirty)
     readme = root.joinpath("README.md").read_text()
-    blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "train": training(trained)}
+    blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "host": host(on_host)}
+    blocks["train"] = training(trained)
     for name, text in blocks.items():
         block = f"<!-- {name}: bench/report.py -->\n\n{text}\n\n<!-- end -->"
         readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)

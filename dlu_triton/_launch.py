@@ -63,8 +63,7 @@ class Launch(NamedTuple):
 class _Repeat(NamedTuple):
     """A launch of a compiled kernel, and where its tensors belong among its arguments."""
 
-    compiled: Any
-    grid: tuple[int, int, int]
+    run: Callable[..., None]
     arguments: tuple[Any, ...]
     slots: tuple[int, ...]
 
@@ -92,7 +91,7 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *setting
             arguments = list(repeat.arguments)
             for slot, tensor in zip(repeat.slots, tensors, strict=True):
                 arguments[slot] = tensor
-            repeat.compiled[repeat.grid](*arguments)
+            repeat.run(*arguments)
             return
         kernel, programs, arguments, constants = prepare(tensors, *settings)
         compiled = kernel[(programs,)](*arguments, **constants)
@@ -101,7 +100,7 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *setting
         kept = tuple(None if isinstance(argument, Tensor) else argument for argument in arguments)
         if len(_repeats) >= MOST_REPEATS:
             _repeats.clear()
-        _repeats[key] = _Repeat(compiled, (programs, 1, 1), kept, slots)
+        _repeats[key] = _Repeat(compiled[programs, 1, 1], kept, slots)
 
 
 def forget_launches() -> None:

@@ -1,15 +1,13 @@
 """Call operators on meta tensors of several sizes, with a stub in place of the GPU, and report what was launched.
 
-    python tests/launch_again.py [--time]
+    python tests/launch_again.py
 
 prints a JSON object: how many kernels were compiled at each step, whether launches that are repeated pass on the very
-arguments that Triton's own way to launch would, and which calls are alike. With --time instead what the host takes for
-a call, in microseconds, without the driver's own work. In a process of its own, as `compile_kernels.py`.
+arguments that Triton's own way to launch would, and which calls are alike. In a process of its own, as
+`compile_kernels.py`.
 """
 
 import json
-import sys
-import timeit
 from collections.abc import Callable
 
 import torch
@@ -131,32 +129,5 @@ def _held(launch: object) -> int:
     return sum(isinstance(each, torch.Tensor) for repeat in launch._repeats.values() for each in repeat.arguments)
 
 
-def times() -> None:
-    """What the host takes for a forward pass of DLU, and of it the checks and the launches."""
-    import dlu_triton
-    from dlu_triton import _checks, _launch
-    from dlu_triton.ops import dlu
-
-    tensors = meta(2, 256, 13, 21), meta(2, 25, 13, 21), meta(2, 8, 13, 21)
-
-    def afresh() -> None:
-        _launch.forget_launches()
-        dlu.dlu_upsample_op.launch(*tensors, 2, 5, 1)
-
-    calls = {
-        "both launches": lambda: dlu.dlu_upsample_op.launch(*tensors, 2, 5, 1),
-        "both launches, not repeated": afresh,
-        "checks": lambda: _checks.dlu_upsample(*tensors, 2, 5, 1),
-        "checks, and the registered operator on meta tensors": lambda: dlu_triton.dlu_upsample(*tensors, 2),
-    }
-    for name, call in calls.items():
-        seconds = min(timeit.repeat(call, number=200, repeat=10)) / 200
-        print(f"{name:55}{1e6 * seconds:6.1f} us")
-
-
 if __name__ == "__main__":
-    if "--time" in sys.argv[1:]:
-        triton.runtime.driver.set_active(StubDriver(GPUTarget("cuda", 90, 32)))
-        times()
-    else:
-        main()
+    main()

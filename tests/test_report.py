@@ -27,11 +27,14 @@ MACHINE = {
     "triton": "7.8",
     "python_version": "9.10",
     "torch_threads": 3,
+    "processors": 4,
+    "load_average": 1.234,
     "cpu": {"brand_raw": "Made-up CPU"},
     "commit": "0123456789abcdef",
     "dirty": False,
 }
 SELECTION = {"name": "full", "shard": [1, 1], "failed": 0, "keyword": ""}
+BLOCKS = ("explain", "gpu", "cpu", "host", "train")
 SIZES = ((2, 8, 4, 5), (2, 8, 8, 10), (2, 8, 16, 20))
 
 
@@ -54,8 +57,8 @@ def record(impl, microseconds, *, op="dlu_upsample", features=SIZES[0], directio
         "ideal_bytes": 10**9,
         "series": False,
     }
-    stats = {"median": microseconds * 1e-6}
-    return {"name": f"{op}-{impl}-{direction}", "stats": stats, "extra_info": fields | other}
+    stats = {"median": microseconds * 1e-6, "min": 0.75 * microseconds * 1e-6}
+    return {"name": f"{op}-{impl}-{direction}", "group": None, "stats": stats, "extra_info": fields | other}
 
 
 def unsupported(error, **names):
@@ -76,7 +79,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     explain = ROOT.joinpath("bench", "results", "explain.json").read_text()
     tmp_path.joinpath("bench", "results", "explain.json").write_text(explain)
-    blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in ("explain", "gpu", "cpu", "train"))
+    blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in BLOCKS)
     tmp_path.joinpath("README.md").write_text(f"Before\n{blocks}\nAfter\n")
     return tmp_path
 
@@ -145,8 +148,8 @@ FORWARD = "<code>dlu_upsample</code>, forward"
 
 def test_not_measured_yet(root, drawn):
     assert report.main([], root) == 0
-    for name, option in {"gpu": "--full ", "cpu": ""}.items():
-        command = f"python -m pytest bench {option}--benchmark-only --benchmark-json bench/results/{name}.json"
+    for name, what in {"gpu": "bench --full", "cpu": "bench", "host": "bench/test_host.py"}.items():
+        command = f"python -m pytest {what} --benchmark-only --benchmark-json bench/results/{name}.json"
         assert "Not measured yet." in block(root, name)
         assert command in block(root, name)
     assert "picture" not in block(root, "gpu")
@@ -352,6 +355,49 @@ def test_cpu_times(root):
     assert "Made-up CPU, threads: 3, torch 5.6" in cases(root, "cpu")
     assert "<summary><code>dlu_upsample" not in cases(root, "cpu")
     assert not root.joinpath("bench", "results", "gpu.md").exists()
+
+
+def host_records():
+    """Of two passes: our own call in 40 and 90 microseconds, what else there is."""
+    impls = {"dlu_triton": 40, "checks": 4, "launches": 20, "registered": 60, "Function": 8, "grid_sample": 2}
+    forward = [record(impl, each) for impl, each in impls.items()]
+    graph = [
+        record(impl, each + 50, direction="forward with a graph")
+        for impl, each in impls.items()
+        if impl not in ("checks", "launches")
+    ]
+    return [each | {"group": "host"} for each in forward + graph]
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_the_part_of_the_host(root, device):
+    write(root, *host_records(), name="host.json", sizes=(), device=device)
+    report.main([], root)
+    text = block(root, "host")
+    assert ("Made-up CPU, threads: 3" if device == "cpu" else "Made-up GPU, driver 1.2") in text
+    assert ("without a GPU" in text) == (device == "cpu")
+    assert "Load average 1.23 on 4 processors." in text
+    assert "of 2x8x4x5 s 2 k 5 bfloat16." in text
+    columns = {
+        "op": "dlu_upsample", "pass": "forward", "a call": "30 (40)", "of it checks": "3 (4)",
+        "of it launches": "15 (20)", "by the registered op": "45 (60)", "<code>Function</code>": "6 (8)",
+        "<code>F.grid_sample</code>": "1.5 (2)",
+    }  # fmt: skip
+    forward, graph = table(text)
+    assert forward == columns
+    assert (graph["pass"], graph["a call"], graph["of it launches"]) == ("forward with a graph", "67.5 (90)", "")
+
+
+def test_the_part_of_the_host_is_in_no_other_table(root):
+    """A run of all benchmarks has it as well."""
+    other = {"device": "cpu", "gpu": None}
+    for name in ("cpu.json", "host.json"):
+        write(root, record("eager", 10), *host_records(), name=name, sizes=(), **other)
+    report.main([], root)
+    assert len(table(block(root, "cpu"))) == 1
+    assert "registered" not in block(root, "cpu") + cases(root, "cpu")
+    assert "eager" not in block(root, "host")
+    assert len(table(block(root, "host"))) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------

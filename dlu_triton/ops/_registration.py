@@ -12,6 +12,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _launch
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class Operator:
     """An operator by all the ways that lead to it.
@@ -26,7 +28,7 @@ class Operator:
     - for tensor subclasses, under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode) and for views
       with a lazy negation: the registered op, which on CPU tensors computes by the eager twin;
     - in eager PyTorch: the launches themselves, inside an `autograd.Function` if a gradient may be wanted. A registered
-      op would cost the host several times as much (`bench/NOTES.md`, "Host").
+      op would cost the host about half as much again (`bench/NOTES.md`, "Host").
 
     Args:
         name: of the registered op, `torch.ops.dlu_triton.<name>`.
@@ -102,9 +104,9 @@ class Operator:
         return tuple(result) if isinstance(result, list) else result
 
     def _forward_and_keep(self, ctx: Any, *arguments: Any) -> Any:
-        result = self._forward(*arguments)
+        result = self.launch(*arguments)
         self._keep(ctx, arguments, result)
-        return result
+        return tuple(result) if self._lists else result
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -114,15 +116,16 @@ class Operator:
     def _differentiate(self, ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if isinstance(grad_outputs[0], list):  # of an op that returns one
             (grad_outputs,) = grad_outputs
-        wanted = ctx.needs_input_grad[: self.tensors]
+        others = (None,) * len(ctx.others)
         if all(grad is None for grad in grad_outputs):
-            gradients = (None for _ in ctx.saved_tensors)
-        elif self.gradients is not None:
+            return (None,) * self.tensors + others
+        wanted = ctx.needs_input_grad[: self.tensors]
+        if self.gradients is not None:
             gradients = self.gradients(grad_outputs[0], *ctx.saved_tensors, *ctx.others, *wanted)
         else:
             gradients = _pull_back(self.twin, ctx.saved_tensors, ctx.others, wanted, grad_outputs)
         gradients = iter(gradients)
-        return *(next(gradients) if want else None for want in wanted), *(None for _ in ctx.others)
+        return *[next(gradients) if want else None for want in wanted], *others
 
     def _gradients_of_twin(self, grad_output: Tensor, *arguments: Any) -> Sequence[Tensor]:
         n = self.tensors
@@ -181,14 +184,13 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     on the way to a registered op.
     """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and not tensor.is_neg()
-        for tensor in tensors
+        type(tensor) in PLAIN and not tensor.is_meta and not tensor.is_neg() for tensor in tensors
     )
 
 
 def _sharded(tensors: Sequence[Tensor]) -> bool:
     """Whether one of these is a DTensor, which learns here how the operators run on shards."""
-    if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors):
+    if all(type(tensor) in PLAIN for tensor in tensors):
         return False
     sharding = sys.modules.get("torch.distributed.tensor")  # takes long to import, and who has a DTensor has done so
     if sharding is None or not any(isinstance(tensor, sharding.DTensor) for tensor in tensors):
