@@ -130,9 +130,11 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def autocast(tensor: Tensor) -> Tensor:
     """In the type of the autocast region, if the call is in one: what a convolution does with its input."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if (
+        device == "meta" or not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64
+    ):  # meta has no regions
         return tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def accumulator(dtype: torch.dtype) -> dict[str, Any]:

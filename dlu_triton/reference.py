@@ -73,12 +73,12 @@ def expand_kernels(
     space = kernel_space.to(wide).unflatten(1, (g, k * k)).softmax(dim=2).flatten(3)  # (N, G, k*k, H*W)
     shifts = pixel_shuffle(offsets.to(wide), s).unflatten(1, (g, 2))
     dx, dy = shifts.unbind(2)  # (N, G, s*H, s*W), in source pixels
-    x0, x1, fx = _cells(dx + torch.arange(s * w, device=dx.device) // s, w)
-    y0, y1, fy = _cells(dy + (torch.arange(s * h, device=dy.device) // s)[:, None], h)
+    x0, x1, fx = cells(dx + torch.arange(s * w, device=dx.device) // s, w)
+    y0, y1, fy = cells(dy + (torch.arange(s * h, device=dy.device) // s)[:, None], h)
 
     def corner(y: Tensor, x: Tensor) -> Tensor:  # (N, G, k*k, s*H*s*W)
-        cells = (y * w + x).flatten(2).unsqueeze(2)
-        return space.gather(3, cells.expand(-1, -1, k * k, -1))
+        index = (y * w + x).flatten(2).unsqueeze(2)
+        return space.gather(3, index.expand(-1, -1, k * k, -1))
 
     def weight(wy: Tensor, wx: Tensor) -> Tensor:  # (N, G, 1, s*H*s*W)
         return (wy * wx).flatten(2).unsqueeze(2)
@@ -248,7 +248,7 @@ def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.addcmul(a, b) if taken_apart else total.addcmul_(a, b)
 
 
-def _cells(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def cells(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cell below, cell above and fraction of a coordinate, held to the image.
 
     A coordinate at or beyond the border stays there and has no gradient. NaN addresses cell 0 with a NaN fraction.

@@ -197,21 +197,75 @@ def case(n, h, w):
 def inputs(*size):
     return _verify.inputs(operator, case(*size), torch.float32, "cpu")
 
-call = _verify.function(operator, case(2, 5, 7), eager=False)
+SIZES = ((2, 5, 7), (3, 4, 9))
+call = _verify.function(operator, case(*SIZES[0]), eager=False)
+
+def check(compiled, size):
+    found, expected = (_verify.results(each, inputs(*size)) for each in (compiled, call))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
 with config.patch(error_on_recompile=True):
     compiled = torch.compile(call, fullgraph=True, dynamic=True)
-    for size in ((2, 5, 7), (3, 4, 9)):
-        found, expected = (_verify.results(each, inputs(*size)) for each in (compiled, call))
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for size in SIZES:
+            tensors = list(inputs(*size).values())[:-1]
+            torch.testing.assert_close(compiled(*tensors), call(*tensors), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in SIZES:
+        check(compiled, size)
+torch.compiler.reset()
+check(torch.compile(call, fullgraph=True), SIZES[0])
 
 if operator == "dlu_upsample":
+    # Every operator and module, in the operators that compilers get, without the compiler.
+    for name in _verify.OPERATORS:
+        for shape in ((2, 5, 6), (1, 1, 1), (0, 2, 3)):
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.compiler.reset()
+                each = _verify.function(name, case(*shape), eager=False)
+                given = _verify.inputs(name, case(*shape), dtype, "cpu")
+                traced = torch.compile(each, fullgraph=True, backend="aot_eager")
+                found, expected = (_verify.results(way, given) for way in (traced, each))
+                bound = 1e-4 if dtype == torch.float32 else 0.05
+                for key, value in expected.items():
+                    assert found[key].dtype == value.dtype
+                    torch.testing.assert_close(found[key], value, rtol=bound, atol=bound * (value.numel() > 0))
+        last = _verify.inputs(name, case(2, 5, 6), dtype, "cpu").values()
+        last = [x.contiguous(memory_format=torch.channels_last) for x in last]
+        torch.compiler.reset()
+        output = torch.compile(_verify.function(name, case(2, 5, 6), eager=False), backend="aot_eager")(*last[:-1])
+        assert output.is_contiguous(memory_format=torch.channels_last)
+
+    for height, width in ((3, 11), (25, 42)):  # where shares of the image are no exact numbers
+        pack = dlu_triton.DLUPack(4, 2, up_kernel=3, compressed_channels=4)  # whose offsets are zero: kinks
+        torch.nn.init.normal_(pack.kernel_space_generator.weight)
+        x, grad_output = torch.randn(2, 4, height, width), torch.randn(2, 4, 2 * height, 2 * width)
+        gradients = []
+        for way in (torch.compile(pack, fullgraph=True, backend="aot_eager"), pack):
+            torch.compiler.reset()
+            pack.zero_grad()
+            with torch.autocast("cpu", enabled=False):
+                way(x).backward(grad_output)
+            gradients.append(pack.conv_offset.weight.grad.clone())
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+        pack = dlu_triton.CARAFEPack(4, 2, up_kernel=3, compressed_channels=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = torch.compile(pack, fullgraph=True, backend="aot_eager")(x), pack(x)
+        assert found.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     given = inputs(2, 5, 7)
     given["offsets"][0, 0, 0, 0] = float("nan")  # whose gradient would crash grid_sample
     given["offsets"][1, 0, 0, 0] = float("inf")
     found, expected = (_verify.results(each, given) for each in (compiled, call))
     torch.testing.assert_close(found["output"], expected["output"], rtol=1e-4, atol=1e-4, equal_nan=True)
     assert found["output"].isnan().any() and found["kernel_space"][1:].isfinite().all()
+    for key, value in expected.items():  # what is not finite is so in both, and nowhere else
+        assert torch.equal(found[key].isfinite(), value.isfinite()), key
 
     torch.compiler.reset()
     tensors = list(inputs(2, 16, 24).values())[:-1]

@@ -79,6 +79,10 @@ BOTH = ["S0", "S1"]  # batch by channels
 MESHES = {
     **of_all(
         WITH_FEATURES,
+        # A process would be left without channels.
+        few_channels=lambda name, n: on_shards(
+            name, [["S1"], *[["R"]] * (n - 1)], None, mesh=[4], images=1, channels=5, moves=True
+        ),
         batch_by_channels=lambda name, n: on_shards(
             name, [BOTH, *[["S0", "R"]] * (n - 1)], BOTH, [BOTH, *[["S0", "P"]] * (n - 1)], mesh=[2, 2], images=3
         ),

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import dlu_triton
@@ -103,7 +104,7 @@ def test_transform(operator, transform, path):
         tensors = [x.requires_grad_() for x in tensors]  # a transform of what autograd follows as well
     expected = TRANSFORMS[transform](_verify.function(operator, case, eager=True), tensors, grad_output)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*performance drop")
         found = TRANSFORMS[transform](_verify.function(operator, case, eager=False), tensors, grad_output)
     assert_same(found, expected)
 
@@ -166,7 +167,7 @@ def test_registered_operators_have_a_batching_rule(operator, device):
     sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
     op, backward = (getattr(torch.ops.dlu_triton, name).default for name in (operator, f"{operator}_backward"))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*performance drop")
         found = vmap(lambda *xs: op(*xs, *sizes))(*several(tensors))
         flags = [True] * len(tensors)
         gradients = vmap(lambda *xs: backward(*xs, *sizes, *flags))(*several([grad_output, *tensors]))
@@ -174,6 +175,45 @@ def test_registered_operators_have_a_batching_rule(operator, device):
     assert_same(found, torch.stack(expected))
     one_by_one = [backward(*each, *sizes, *flags) for each in zip(*several([grad_output, *tensors]), strict=True)]
     assert_same(gradients, [torch.stack(each) for each in zip(*one_by_one, strict=True)])
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_functionalize(operator, device):
+    """Also traced by `make_fx`, which holds the registered op then."""
+    tensors, _ = arguments(operator, CASE, device)
+    call = _verify.function(operator, CASE, eager=False)
+    assert_same(functionalize(call)(*tensors), call(*tensors))
+    traced = make_fx(functionalize(call))(*tensors)
+    assert f"dlu_triton.{operator}.default" in traced.code
+    assert_same(traced(*tensors), call(*tensors))
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_registered_operators_refuse_forward_mode(operator, device):
+    """PyTorch would lose the tangent."""
+    tensors, _ = arguments(operator, CASE, device)
+    sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
+    op = getattr(torch.ops.dlu_triton, operator)
+    with pytest.raises(NotImplementedError, match=f"{operator} has no forward-mode derivative"):
+        jvp(lambda *xs: op(*xs, *sizes), tuple(tensors), tuple(tensors))
+
+
+def test_what_has_no_derivative_gives_zeros(device):
+    """The weights of a method that has none, asked of the registered op."""
+    activations = torch.rand(1, 2, 3, 3, device=device, requires_grad=True)
+    settings = ("hirescam", 1e-6, True, None, False, True)
+    weights = torch.ops.dlu_triton.class_activation_map(
+        activations, torch.rand(1, 1, 2, 3, 3, device=device), *settings
+    )[2]
+    weights.sum().backward()
+    assert activations.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_vmap_of_nothing(operator, device):
+    tensors, grad_output = arguments(operator, CASE, device)
+    found = vmap(_verify.function(operator, CASE, eager=False))(*(x.new_empty(0, *x.shape) for x in tensors))
+    assert found.shape == (0, *grad_output.shape)
 
 
 def test_weighted_maps(path):

@@ -2,10 +2,10 @@
 
 The twins of `dlu_triton.reference` are as many multiply-adds as a kernel has taps, and gather: large graphs, minutes of
 compilation, and scatters that Inductor of torch 2.13 gets wrong on CPUs with several threads (pytorch#191837). Here
-sampling is `grid_sample`. For a compiler, reassembly is one sum of products over a view of all windows, which it fuses,
-so that nothing is unfolded; in an exported program, which may run operator by operator, the windows are one convolution
-with the identity and the sums one matrix product: operators that ONNX has, on unfolded features. Arguments are checked
-already. bench/NOTES.md has the forms that were measured beside these.
+sampling is `grid_sample`, of the four corners one by one for the derivative's sake. For a compiler, reassembly is one
+sum of products over a view of all windows, which it fuses, so that nothing is unfolded; in an exported program, which
+may run operator by operator, the windows are one convolution with the identity and the sums one matrix product, which
+ONNX has, on unfolded features. Arguments are checked already. bench/NOTES.md has the forms measured beside these.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _launch
+from .. import _launch, reference
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
@@ -37,7 +37,8 @@ def expand_kernels(
     """See `dlu_triton.expand_kernels`."""
     n, c, h, w = kernel_space.shape
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
-    return F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor).to(kernel_space.dtype)
+    masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor)
+    return _laid_out_as(kernel_space, masks)
 
 
 def dlu_upsample(
@@ -58,37 +59,52 @@ def _beside(channels: Tensor, groups: int, kernel_size: int, scale_factor: int) 
 def _sample(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
     """Softmax, then a bilinear sample at the offsets: (N*G, k*k, s*s, H, W), float32 at least."""
     n, _, h, w = kernel_space.shape
-    dtype = _launch.sum_dtype(kernel_space.dtype)
+    s, dtype = scale_factor, _launch.sum_dtype(kernel_space.dtype)
     space = kernel_space.to(dtype).reshape(n * groups, kernel_size**2, h, w).softmax(dim=1)
-    shifts = offsets.to(dtype).reshape(n * groups, 2, scale_factor**2, h, w).permute(0, 2, 3, 4, 1)
+    shifts = offsets.to(dtype).reshape(n * groups, 2, s * s, h, w).permute(0, 2, 3, 4, 1)
     dx, dy = shifts.split(1, dim=-1)  # (N*G, s*s, H, W, 1)
-    columns = torch.arange(0.5, w, dtype=dtype, device=offsets.device)[:, None]
-    rows = torch.arange(0.5, h, dtype=dtype, device=offsets.device)[:, None, None]
-    # -1 and 1 are the edges of the image: between its outermost pixels a side of one pixel would divide by zero.
-    grid = torch.cat(((dx + columns) * (2 / w), (dy + rows) * (2 / h)), dim=-1) - 1
-    grid = grid.reshape(n * groups, scale_factor**2 * h, w, 2)
-    bad = None
-    if not torch.onnx.is_in_onnx_export():
-        bad = grid.isnan().any(dim=-1).unsqueeze(1)
-        grid = grid.nan_to_num(nan=0.0)  # on a CPU the gradient at NaN crashes the process
-    sampled = F.grid_sample(space, grid, padding_mode="border", align_corners=False)
-    sampled = sampled if bad is None else sampled.masked_fill(bad, math.nan)
-    return sampled.reshape(n * groups, kernel_size**2, scale_factor**2, h, w)
+    if torch.onnx.is_in_onnx_export():
+        # Fewer nodes, but coordinates are rounded: a kink of the derivative at a pixel would be missed.
+        columns = torch.arange(0.5, w, dtype=dtype, device=offsets.device)[:, None]
+        rows = torch.arange(0.5, h, dtype=dtype, device=offsets.device)[:, None, None]
+        # -1 and 1 are the edges of the image: between its outermost pixels a side of one pixel would divide by zero.
+        grid = torch.cat(((dx + columns) * (2 / w), (dy + rows) * (2 / h)), dim=-1) - 1
+        grid = grid.reshape(n * groups, s * s * h, w, 2)
+        sampled = F.grid_sample(space, grid, padding_mode="border", align_corners=False)
+        return sampled.reshape(n * groups, kernel_size**2, s * s, h, w)
+    x0, x1, fx = reference.cells(dx + torch.arange(w, device=dx.device)[:, None], w)
+    y0, y1, fy = reference.cells(dy + torch.arange(h, device=dy.device)[:, None, None], h)
+    x, y = torch.stack((x0, x1, x0, x1), dim=1), torch.stack((y0, y0, y1, y1), dim=1)  # (N*G, 4, s*s, H, W, 1)
+    weights = torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), dim=1)
+    centres = torch.cat(((2 * x + 1).to(dtype) / w, (2 * y + 1).to(dtype) / h), dim=-1) - 1
+    corners = F.grid_sample(
+        space, centres.reshape(n * groups, 4 * s * s * h, w, 2), mode="nearest", align_corners=False
+    )
+    corners = corners.reshape(n * groups, kernel_size**2, 4, s * s, h, w)
+    return (corners * weights.reshape(n * groups, 1, 4, s * s, h, w)).sum(2)
 
 
 def _reassemble(features: Tensor, kernels: Tensor, groups: int, scale_factor: int) -> Tensor:
     """(N, C, H, W), (N*G, k*k, s*s, H, W) -> (N, C, s*H, s*W)"""
     n, c, h, w = features.shape
     k, s = math.isqrt(kernels.shape[1]), scale_factor
-    grouped = features.to(kernels.dtype).reshape(n * groups, c // groups, h, w)
+    wide = features.to(kernels.dtype)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        windows = F.pad(grouped, [k // 2] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
-        taps = kernels.reshape(n * groups, 1, k, k, s, s, h, w).permute(0, 1, 6, 4, 7, 5, 2, 3)
-        sums = (windows[:, :, :, None, :, None] * taps).sum((6, 7))  # (N*G, C/G, H, s, W, s)
-        return sums.reshape(n, c, s * h, s * w).to(features.dtype)
+        windows = F.pad(wide, [k // 2] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
+        windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
+        taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
+        sums = (windows * taps).sum((7, 8))  # (N, G, C/G, H, s, W, s)
+        return _laid_out_as(features, sums.reshape(n, c, s * h, s * w))
+    grouped = wide.reshape(n * groups, c // groups, h, w)
     identity = torch.eye(k * k, dtype=kernels.dtype, device=kernels.device).view(k * k, 1, k, k, 1)
     pixels = grouped.permute(0, 2, 3, 1).unsqueeze(1)
     windows = F.conv3d(pixels, identity, padding=(k // 2, k // 2, 0))  # (N*G, k*k, H, W, C/G)
     sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H, W, s*s, C/G)
     beside = sums.permute(0, 4, 3, 1, 2).reshape(n, c * s**2, h, w)
-    return F.pixel_shuffle(beside, s).to(features.dtype)
+    return _laid_out_as(features, F.pixel_shuffle(beside, s))
+
+
+def _laid_out_as(given: Tensor, result: Tensor) -> Tensor:
+    """In type and memory format of what was given."""
+    channels_last = _launch.channels_innermost(given)
+    return result.to(given.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -1,5 +1,6 @@
 """What the operators share: how each is registered with PyTorch, differentiated, and which way a call of it takes."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ class Operator:
         name: of the registered op, `torch.ops.dlu_triton.<name>`.
         launch: computes the result by kernels; its annotations are the schema.
         fake: what `launch` returns, uninitialised.
-        twin: the same in plain PyTorch. For outputs that it returns as None there is no derivative.
+        twin: the same in plain PyTorch.
         traced: the same in operators that compilers and exporters do well with; the twin, if not given.
         tensors: how many arguments are tensors.
         gradients: computes the derivatives by kernels: takes the gradient of the one output, all arguments and a flag
@@ -59,12 +60,13 @@ class Operator:
             self.gradients = Operator(
                 f"{name}_backward", gradients, self._fake_gradients, self._gradients_of_twin, tensors=1 + tensors
             )
-        registered = torch.library.custom_op(f"dlu_triton::{name}", launch, mutates_args=())
+        self.name = name
+        registered = torch.library.custom_op(f"dlu_triton::{name}", self._as_registered(launch), mutates_args=())
         registered.register_fake(fake)
         registered.register_autograd(self._differentiate, setup_context=self._keep)
         registered.register_vmap(self._fold_registered)
         if not _launch.INTERPRETED:
-            registered.register_kernel("cpu", self._by_twin)
+            registered.register_kernel("cpu", self._as_registered(self._by_twin))
         self.op = getattr(torch.ops.dlu_triton, name).default
         self._lists = isinstance(self.op._schema.returns[0].type, torch.ListType)
         self._eager = _function(name, forward=self._forward_and_keep, backward=self._differentiate)
@@ -79,15 +81,14 @@ class Operator:
             return self.twin(*arguments)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             registered = (kernels and not torch.onnx.is_in_onnx_export()) or _sharded(tensors)
-            return self.op(*arguments) if registered else self.traced(*arguments)
+            return (self._registered if registered else self.traced)(*arguments)
         plain = _plain(tensors)
         if plain and not kernels:
             return self.twin(*arguments)
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() and not _functionalized():
             return self._transformed.apply(*arguments)
-        if not plain:
-            _sharded(tensors)
-            return self.op(*arguments)
+        if not plain or _functionalized():
+            return self._registered(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._eager.apply(*arguments)
         return self.launch(*arguments)
@@ -98,9 +99,27 @@ class Operator:
         flop_registry.pop(self.op.overloadpacket, None)  # PyTorch refuses a second one, and modules may be reloaded
         register_flop_formula(self.op.overloadpacket)(lambda *arguments, out_shape: formula(*arguments))
 
+    def _registered(self, *arguments: Any) -> Any:
+        if _sharded(arguments[: self.tensors]):
+            from . import _sharding  # noqa: F401  # by which DTensors know what to do
+        return self.op(*arguments)
+
+    def _as_registered(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What computes the registered op: PyTorch would take it for a constant in forward mode."""
+
+        @functools.wraps(compute)
+        def run(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(
+                    f"torch.ops.dlu_triton.{self.name} has no forward-mode derivative; dlu_triton's functions have one"
+                )
+            return compute(*arguments)
+
+        return run
+
     def _forward(self, *arguments: Any) -> Any:
         """Inside a Function: nothing is differentiated or transformed any more."""
-        result = self.launch(*arguments) if _plain(arguments[: self.tensors]) else self.op(*arguments)
+        result = (self.launch if _plain(arguments[: self.tensors]) else self._registered)(*arguments)
         return tuple(result) if isinstance(result, list) else result
 
     def _forward_and_keep(self, ctx: Any, *arguments: Any) -> Any:
@@ -139,16 +158,17 @@ class Operator:
         self, info: Any, in_dims: tuple[int | None, ...], *arguments: Any, run: Callable[..., Any] | None = None
     ) -> tuple[Any, Any]:
         """A batch dimension of vmap goes into that of the images, which all tensors and results have first."""
-        size = info.batch_size
-
-        def fold(tensor: Tensor, dim: int | None) -> Tensor:
-            return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+        size, count = info.batch_size, self.tensors
+        batched = [
+            tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(arguments[:count], in_dims[:count], strict=True)
+        ]
+        images = batched[0].shape[1]
 
         def unfold(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(0, (size, tensor.shape[0] // size))
+            return tensor.unflatten(0, (size, images))
 
-        folded = [fold(*pair) for pair in zip(arguments[: self.tensors], in_dims, strict=False)]
-        results = (run or self)(*folded, *arguments[self.tensors :])
+        results = (run or self)(*(tensor.flatten(0, 1) for tensor in batched), *arguments[count:])
         if isinstance(results, Tensor):
             return unfold(results), 0
         return tuple(unfold(each) for each in results), (0,) * len(results)
@@ -159,17 +179,17 @@ class Operator:
         return (list(results), list(dims)) if self._lists else (results, dims)
 
     def _by_twin(self, *arguments: Any) -> Any:
-        """By the twin, with the strides that the registered op promises.
-
-        In a thread of its own, where the dispatcher is as it starts: inside an op it knows no derivatives.
-        """
-        with ThreadPoolExecutor(1) as thread:
-            results = thread.submit(torch.no_grad()(self.twin), *arguments).result()
+        """By the twin, with the strides that the registered op promises."""
+        twin = torch.no_grad()(self.twin)
+        if self._lists:  # gradients: in a thread of its own, as inside an op the dispatcher knows no derivatives
+            with ThreadPoolExecutor(1) as thread:
+                results = thread.submit(twin, *arguments).result()
+        else:
+            results = twin(*arguments)
         promised = self._fake(*arguments)
         if isinstance(promised, Tensor):
             return promised.copy_(results)
-        pairs = zip(promised, results, strict=True)
-        return type(promised)(new if result is None else new.copy_(result) for new, result in pairs)
+        return type(promised)(new.copy_(result) for new, result in zip(promised, results, strict=True))
 
 
 def _function(name: str, **methods: Callable[..., Any]) -> Any:
@@ -189,15 +209,17 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def _sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether one of these is a DTensor, which learns here how the operators run on shards."""
+    """Whether one of these is a DTensor."""
     if all(type(tensor) in PLAIN for tensor in tensors):
         return False
     sharding = sys.modules.get("torch.distributed.tensor")  # takes long to import, and who has a DTensor has done so
-    if sharding is None or not any(isinstance(tensor, sharding.DTensor) for tensor in tensors):
-        return False
-    from . import _sharding  # noqa: F401
+    return sharding is not None and any(isinstance(tensor, sharding.DTensor) for tensor in tensors)
 
-    return True
+
+def _functionalized() -> bool:
+    """Whether the innermost transform is `functionalize`, which takes no Function apart."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Functionalize
 
 
 def _pull_back(
@@ -209,17 +231,12 @@ def _pull_back(
 ) -> Sequence[Tensor]:
     """Gradients of the wanted tensors by an eager twin, differentiable again, in any order and by any transform."""
 
-    kept: list[Tensor] = []
-
     def outputs(*some: Tensor) -> tuple[Tensor, ...]:
-        """Those with a gradient, which is kept."""
+        """Those with a gradient."""
         given = iter(some)
         results = twin(*(next(given) if want else t for t, want in zip(tensors, wanted, strict=True)), *others)
         results = (results,) if isinstance(results, Tensor) else results
-        pairs = zip(results, grad_outputs, strict=True)
-        both = [(result, grad) for result, grad in pairs if result is not None and grad is not None]
-        kept.extend(grad for _, grad in both)
-        return tuple(result for result, _ in both)
+        return tuple(result for result, grad in zip(results, grad_outputs, strict=True) if grad is not None)
 
     _, pull = torch.func.vjp(outputs, *(t for t, want in zip(tensors, wanted, strict=True) if want))
-    return pull(tuple(kept))
+    return pull(tuple(grad for grad in grad_outputs if grad is not None))

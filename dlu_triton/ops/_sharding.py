@@ -1,6 +1,6 @@
 """How the registered operators run on `DTensor`s: on shards of the batch, and of the channels where groups allow it.
 
-A module of its own, imported at the first call with a `DTensor` (`_registration.know_shardings`), since
+A module of its own, imported at the first call with a `DTensor` (`Operator._registered`), since
 `torch.distributed.tensor` takes long to import. Between processes DTensor moves what no strategy takes as it is.
 
 Each operator here runs as another, `<its name>_on_shards`, for which strategies can be registered: they want a fixed
@@ -58,6 +58,12 @@ def _schema(name: str) -> str:
     return str(getattr(torch.ops.dlu_triton, name).default._schema).partition(f"dlu_triton::{name}")[2]
 
 
+def _no_shard_is_empty(channels: int, shards: int) -> bool:
+    """PyTorch makes shards as large as the first one needs to be; the last ones may get nothing."""
+    largest = -(-channels // shards)
+    return -(-channels // largest) == shards
+
+
 def _register_upsampler(
     name: str, *, tensors: int, kernels: int, groups: int, channels_per_group: Callable[[int, int, int], int]
 ) -> None:
@@ -89,7 +95,7 @@ def _register_upsampler(
         count = arguments[tensors + groups]
         if count % arguments[0].mesh.size() == 0:  # all of the mesh, as a strategy is for each of its dimensions
             found.append(([CHANNELS], [CHANNELS] * tensors))
-        elif count == 1:
+        elif count == 1 and _no_shard_is_empty(arguments[0].shape[1], arguments[0].mesh.size()):
             found.append(([CHANNELS], [CHANNELS] * kernels + [WHOLE] * (tensors - kernels)))
         return found if kernels or count > 1 else found[:2]
 

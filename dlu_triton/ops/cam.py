@@ -160,9 +160,12 @@ def _eager_parts(
     size: Sequence[int] | None,
     normalize: bool,
     wants_channels: bool,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     parts = reference.class_activation_parts(activations, gradients, method, eps, relu, _pair(size), normalize)
-    return tuple(parts) if wants_channels else (parts.map, parts.raw, None, None, None)
+    per_map, per_image = (parts.raw.new_empty((*parts.raw.shape[:n], 0)) for n in (2, 1))  # of what is not wanted
+    if not wants_channels:
+        return parts.map, parts.raw, per_map, per_map.clone(), per_image
+    return tuple(parts._replace(weights=per_map) if parts.weights is None else parts)
 
 
 def _eager_weighted(
