@@ -205,7 +205,7 @@ def _channel_weights(a: Tensor, g: Tensor, total: Tensor, method: str, eps: floa
 def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
     """Sum over the channels of weights (N, K, C) times activations (N, C, h, w): (N, K, h, w)."""
     wide, device = _wide(activations.dtype), activations.device.type
-    available = torch.amp.is_autocast_available(device)
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)  # which torch 2.9 does not trace
     with (
         torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
     ):  # it would narrow the product
