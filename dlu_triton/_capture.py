@@ -153,11 +153,18 @@ def _map_inputs(function: Callable[[Any], Any], inputs: Inputs) -> Inputs:
 
 
 @contextmanager
-def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `hook(name, output)` after each module; what it returns goes on in place of the output."""
+def hooked(
+    modules: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tensor | None], *, all_run: bool = True
+) -> Iterator[None]:
+    """Call `hook(name, output)` after each module; what it returns goes on in place of the output.
+
+    Raises RuntimeError where one of them did not run, unless `all_run` is False.
+    """
+    ran = set()
 
     def after(name: str) -> Callable[..., Any]:
         def call(module: nn.Module, arguments: Any, output: Any) -> Any:
+            ran.add(name)
             several = isinstance(output, tuple | list) and len(output) > 0
             tensor = output[0] if several else output
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -179,6 +186,11 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tenso
     finally:
         for handle in handles:
             handle.remove()
+    for name in modules:
+        if all_run and name not in ran:  # compiled code does not know of hooks that came later
+            raise RuntimeError(
+                f"layer {name!r} did not run, or not in sight of hooks; of a compiled model, pass the original"
+            )
 
 
 def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> tuple[Any, dict[str, Tensor]]:
@@ -200,11 +212,6 @@ def run_with_graph(model: nn.Module, layers: Mapping[str, nn.Module], inputs: In
 
     with hooked(layers, capture), torch.no_grad():
         output = run(model, inputs)
-    for name in layers:
-        if name not in captured:
-            raise RuntimeError(
-                f"layer {name!r} did not run, or not in sight of hooks; of a compiled model, pass the original"
-            )
     return output, {name: captured[name] for name in layers}
 
 

@@ -159,7 +159,8 @@ class _Explainer:
         Raises:
             TypeError, ValueError: a target of the wrong length, type or range, or a layer's output of unknown shape.
                 Indices in a CUDA tensor are checked by the device as PyTorch's own are, so as not to wait for it.
-            RuntimeError: in `torch.inference_mode()`; a layer that does not run, or on which no score depends.
+            RuntimeError: in `torch.inference_mode()`; a layer that does not run, or on which no score depends; a model
+                of `torch.compile` that has run, whose code does not look for hooks any more: pass the original.
         """
         wanted = _checks.map_size(size) or _capture.image_size(inputs)
         if wanted is None:

@@ -140,7 +140,7 @@ def score_decomposition(
         outputs.append((followers[name], output))
         return output.clone()
 
-    with _capture.hooked(followers, keep):
+    with _capture.hooked(followers, keep, all_run=False):
         output, captured = _capture.run_with_graph(model, found, inputs)
     (activations,) = captured.values()
     batch = _capture.images_in(inputs, captured)

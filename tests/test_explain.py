@@ -369,6 +369,21 @@ def test_bad_layers(net, device):
         dlu_triton.XGradCAM(net, "head", layout="NCHW")(images(device))
 
 
+@explainers
+def test_a_compiled_model_is_explained_or_refused(explainer, net, device):
+    """Code that was compiled before the hooks were there does not run them; no map may come of that."""
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    for seed in (1, 2):  # the second time with new hooks, and whatever the first left compiled
+        x = images(device, seed=seed)
+        torch.testing.assert_close(explainer(compiled, "conv2")(x, 1).raw, explainer(net, "conv2")(x, 1).raw)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled(x)
+    with pytest.raises(RuntimeError, match=r"layer 'conv2' did not run.* of a compiled model, pass the original"):
+        explainer(compiled, "conv2")(x, 1)
+
+
 class Tokens(nn.Module):
     """A transformer's shape: class and register tokens lead, patches follow row by row, the head reads the first."""
 
