@@ -223,7 +223,7 @@ def map_size(value: object, name: str = "size") -> tuple[int, int] | None:
     """None, or the height and width that an integer or a pair of them stands for."""
     if value is None:
         return None
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, (tuple, list)):  # torch 2.9 does not trace `tuple | list`
         value = (value, value)
     if len(value) != 2:
         raise ValueError(f"{name} must be an integer or a pair (height, width), got {tuple(value)}")

@@ -16,6 +16,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 
 
+@pytest.fixture(params=("kernels", "eager path"))
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
+    """A device, with what runs on it: kernels, or on a CPU the eager twins."""
+    if request.param == "kernels":
+        return device
+    monkeypatch.setattr("dlu_triton._launch.INTERPRETED", False)
+    return torch.device("cpu")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised floating-point memory holds NaN, so whatever a kernel fails to write is seen."""

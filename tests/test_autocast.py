@@ -7,21 +7,12 @@ import torch
 from torch import nn
 
 import dlu_triton
-from dlu_triton import CARAFEPack, DLUPack, _launch, _verify
+from dlu_triton import CARAFEPack, DLUPack, _verify
 from dlu_triton._verify import Case
 
 CASE = Case("", batch=2, channels=4, height=3, width=4, kernel_size=3, groups=2)
 HALF = (torch.float16, torch.bfloat16)
 by_name = {"ids": lambda value: getattr(value, "__name__", None) or str(value).removeprefix("torch.")}
-
-
-@pytest.fixture(params=("kernels", "eager path"))
-def path(request, monkeypatch, device):
-    """A device, with what runs on it."""
-    if request.param == "eager path":
-        monkeypatch.setattr(_launch, "INTERPRETED", False)
-        return torch.device("cpu")
-    return device
 
 
 def arguments(operator, dtype, device, case=CASE):

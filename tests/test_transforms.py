@@ -74,15 +74,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.fixture(params=("kernels", "eager path"))
-def path(request, monkeypatch, device):
-    """A device, with what runs on it."""
-    if request.param == "eager path":
-        monkeypatch.setattr(_launch, "INTERPRETED", False)
-        return torch.device("cpu")
-    return device
-
-
 def arguments(operator, case, device):
     """Tensors, and the gradient of the output."""
     *tensors, grad_output = _verify.inputs(operator, case, torch.float64, device).values()

@@ -96,11 +96,6 @@ carafe_upsample_op = _registration.Operator(
     gradients=_carafe_upsample_gradients,
 )
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------------------------
-
 carafe_op.register_flops(
     lambda features, masks, k, groups, s: _complexity.reassembly_flops(features, s, k),
 )
@@ -113,6 +108,11 @@ carafe_upsample_op.register_flops(
 carafe_upsample_op.gradients.register_flops(
     lambda grad, features, logits, s, k, groups, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Public functions
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
