@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from selection import long
 from torch import nn
 
 import dlu_triton
@@ -22,7 +23,7 @@ def arguments(operator, dtype, device, case=CASE):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), **by_name)
-@pytest.mark.parametrize("region", HALF, **by_name)
+@pytest.mark.parametrize("region", (torch.bfloat16, *long(torch.float16)), **by_name)
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
 def test_operators_compute_in_the_type_of_the_region(operator, region, dtype, path):
     """As if the first argument had been cast, and the others not, which keeps offsets and kernels as exact as they
@@ -107,7 +108,7 @@ def pack_and_inputs(module, device, up_group=1):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF), **by_name)
-@pytest.mark.parametrize("region", HALF, **by_name)
+@pytest.mark.parametrize("region", (torch.float16, *long(torch.bfloat16)), **by_name)
 @pytest.mark.parametrize("module", (DLUPack, CARAFEPack))
 def test_packs_in_a_region(module, region, dtype, path):
     """With float32 parameters: output in the type of the region, near that of float64; gradients in their own types."""

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from layouts import channel_slice, channels_last, cropped, expanded, sliced, transposed
+from selection import long
 from torch import nn
 from torch._dynamo import config
 from torch._subclasses import FakeTensorMode
@@ -40,7 +41,7 @@ def assert_same(found, expected):
         assert found[name].stride() == value.stride()
 
 
-@pytest.mark.parametrize("operator", _verify.OPERATORS)
+@pytest.mark.parametrize("operator", ("dlu_upsample", "carafe_upsample", *long("carafe", "expand_kernels")))
 def test_operators_compile_once_for_all_sizes(operator, device):
     """Fullgraph, dynamic, forward and backward; results as without compilation, in the same strides."""
     compiled = torch.compile(
@@ -62,7 +63,7 @@ def test_recompilation_would_show(device):
         compiled(*list(_verify.inputs("carafe", case(*SIZES[1]), torch.float32, device).values())[:-1])
 
 
-@pytest.mark.parametrize("mode", ("default", "reduce-overhead"))
+@pytest.mark.parametrize("mode", ("reduce-overhead", *long("default")))
 def test_inductor(mode, device):
     """The compiler itself, around the operator too: what precedes and follows it is fused as ever."""
 
@@ -279,7 +280,7 @@ if operator == "dlu_upsample":
 """
 
 
-@pytest.mark.parametrize("operator", ("dlu_upsample", "carafe_upsample"))
+@pytest.mark.parametrize("operator", ("dlu_upsample", *long("carafe_upsample")))
 def test_plain_operators_on_a_cpu(operator):
     """The compiler is given operators that it fuses: nothing is unfolded, no op of ours is left, and it is right."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -19,8 +19,8 @@ SHARED = {"cuda:90": 227 * 1024, "cuda:80": 99 * 1024, "cuda:100": 227 * 1024, "
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return rows_of(SCRIPT, *SHARED)
+def compiled(request):
+    return rows_of(SCRIPT, *SHARED, *["--corners"] * request.config.getoption("--long"))
 
 
 @pytest.fixture(scope="module")

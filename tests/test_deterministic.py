@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from conftest import INTERPRETED
+from selection import long
 
 import dlu_triton
 from dlu_triton import _verify, reference
@@ -75,7 +76,7 @@ def test_carafe_always_repeats_itself(operator, device, reordered):
     assert same_in_all_runs(operator, arguments_of(operator, torch.float32, device))
 
 
-@pytest.mark.parametrize("operator", ["dlu_upsample", "expand_kernels"])
+@pytest.mark.parametrize("operator", ["dlu_upsample", *long("expand_kernels")])
 @pytest.mark.parametrize("points", ["spread", "one", "two"])
 def test_dlu_repeats_itself_on_request(operator, points, device, reordered):
     """Also where every output samples the same kernel, or one of two."""

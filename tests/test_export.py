@@ -20,6 +20,7 @@ from export_programs import (
     library_ops,
     network,
 )
+from selection import long
 from torch import nn
 
 from dlu_triton import _verify
@@ -164,7 +165,7 @@ class Model:
         return len(self.proto.graph.node)
 
 
-@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize("groups", (2, *long(1)))
 @pytest.mark.parametrize(
     ("name", "static", "dynamic"), [("DLUPack", 28, 52), ("CARAFEPack", 15, 24), ("pyramid", 54, 116)]
 )
