@@ -1,8 +1,8 @@
 """Kernels in Triton's interpreter with every address checked.
 
 Each tensor of a launch gets an address that is not its own, far from those of the others, which kernels compute with.
-Before memory is touched, the address of every lane that is not masked off has to be that of an element of the very view
-that its pointer came from: not of a gap between the elements, nor of what else is in its storage, nor of another tensor.
+Before memory is touched, the address of every lane that is not masked off has to be that of an element of the view that
+its pointer came from: not of a gap between the elements, nor of what else is in its storage, nor of another tensor.
 """
 
 import contextlib
