@@ -215,7 +215,8 @@ def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
 def finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normalize: bool) -> Tensor:
     """ReLU, bilinear resize with half-pixel centres, then (map - min) / (max - min), and zeros where max = min."""
     cam = raw.relu() if relu else raw
-    constant = cam.amin((2, 3), keepdim=True) == cam.amax((2, 3), keepdim=True)  # exactly, unlike a resized constant
+    span = cam.amax((2, 3), keepdim=True) - cam.amin((2, 3), keepdim=True)
+    constant = span == 0  # exactly, unlike a resized constant; not where all is infinite
     if size is not None:
         flat = cam.flatten(0, 1).unsqueeze(1)
         flat = F.interpolate(flat, size=_checks.map_size(size), mode="bilinear", align_corners=False)
@@ -228,7 +229,8 @@ def finish(raw: Tensor, relu: bool, size: int | tuple[int, int] | None, normaliz
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and zero where the denominator is zero; so is its gradient there."""
-    return numerator / denominator.masked_fill(denominator == 0, math.inf)
+    none = denominator == 0
+    return (numerator / denominator.masked_fill(none, math.inf)).masked_fill(none, 0)  # also of what is not finite
 
 
 def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The same tests run interpreted on a CPU and compiled on a GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,3 +51,12 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def checked_addresses() -> Iterator[None]:
+    """Interpreted kernels reach nothing but elements of their arguments."""
+    import addresses  # imports Triton
+
+    with addresses.checked():
+        yield
