@@ -1,6 +1,9 @@
 """What a launch needs to know: tile sizes, number types, memory layouts and views. No kernels, no argument rules."""
 
+import contextlib
 import math
+import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 # Fixed when Triton is first imported, as it decides what `triton.jit` returns.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = not isinstance(tl.cdiv, triton.JITFunction)
+if triton.knobs.runtime.interpret != INTERPRETED:
+    raise RuntimeError(
+        f"TRITON_INTERPRET must be what it was when Triton was imported, {int(INTERPRETED)}, "
+        f"got {int(triton.knobs.runtime.interpret)}; set it before the first import of either"
+    )
+if INTERPRETED:
+    # The first launch imports this, which looks at the variable once more.
+    with contextlib.suppress(ImportError):
+        import triton.experimental.gluon
 
 # Programs up to which the channels of a tile are shared out between several: about a wave of the largest GPUs, no more,
 # since each makes the kernels of the tile again. Not measured.
@@ -71,6 +83,19 @@ class _Repeat(NamedTuple):
 _repeats: dict[tuple[Any, ...], _Repeat] = {}
 MOST_REPEATS = 4096
 
+# Triton's interpreter puts its own functions into `triton.language` while a kernel runs, and holds the number of the
+# program, for all threads.
+_interpreting = threading.RLock()
+if INTERPRETED:  # a forked process must not find it taken by a thread that it does not have
+    os.register_at_fork(
+        before=_interpreting.acquire, after_in_parent=_interpreting.release, after_in_child=_interpreting.release
+    )
+
+
+def launching(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What a launch on this tensor runs inside: its device, or in the interpreter nobody else's launch."""
+    return _interpreting if INTERPRETED else torch.cuda.device_of(tensor)
+
 
 def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *settings: object) -> None:
     """Run the launch that `prepare(tensors, *settings)` returns.
@@ -79,7 +104,7 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *setting
     host several times as long as launching it. They may therefore depend on the settings, and on shapes, strides,
     dtypes and devices of the tensors, and on nothing else; they hold every tensor once, in the same order.
     """
-    with torch.cuda.device_of(tensors[0]):
+    with launching(tensors[0]):
         if INTERPRETED:
             kernel, programs, arguments, constants = prepare(tensors, *settings)
             kernel[(programs,)](*arguments, **constants)

@@ -1,14 +1,18 @@
 """README's code runs when pasted, and its definitions are what the library computes."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import dlu_triton
 from dlu_triton import _count, _verify
@@ -45,6 +49,28 @@ def test_export_runs_when_pasted(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert {"upsampler.pt2", "upsampler.onnx"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_versions_are_those_of_the_project():
+    """README and the linter say what pyproject.toml requires; constraints.txt and the versions here are within it."""
+    settings = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
+    project = settings["project"]
+    required = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    python, torch_, triton_ = (
+        str(specifier).removeprefix(">=")
+        for specifier in (project["requires-python"], required["torch"], required["triton"])
+    )
+    text = " ".join(README.split())
+    assert f"with Python {python} or newer" in text
+    assert f"the torch you have ({torch_} or newer, with Triton {triton_} or newer;" in text
+    assert settings["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"
+    constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", ROOT.joinpath("constraints.txt").read_text(), re.MULTILINE))
+    extras = project["optional-dependencies"].values()
+    for requirement in map(Requirement, chain(project["dependencies"], *extras)):
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(constraints[requirement.name]), requirement
+    for name, specifier in required.items():
+        assert specifier.contains(importlib.metadata.version(name), prereleases=True)
 
 
 def test_rows_of_what_it_works_with_link_to_tests():

@@ -113,7 +113,9 @@ def _store_channels(
         tl.store(weights_ptr + place, weight, mask=inside)
     tl.store(contributions_ptr + place, contribution, mask=inside)
     cancellation = tl.where(magnitude == 0, 1.0, _ratio(tl.abs(total), magnitude))
-    tl.store(cancellation_ptr + image * channels + channel, cancellation, mask=inside & (k == 0))
+    # A product of truth values, one of them of all channels, would be no mask to the interpreter of Triton 3.9.
+    first = channel < tl.where(k == 0, channels, 0)
+    tl.store(cancellation_ptr + image * channels + channel, cancellation, mask=first)
 
 
 @triton.jit(do_not_specialize=_SIZES)
