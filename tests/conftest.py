@@ -54,9 +54,9 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=INTERPRETED)
-def checked_addresses() -> Iterator[None]:
-    """Interpreted kernels reach nothing but elements of their arguments."""
+def checked_addresses() -> Iterator[set]:
+    """Interpreted kernels reach nothing but elements of their arguments. What they have stored to."""
     import addresses  # imports Triton
 
-    with addresses.checked():
-        yield
+    with addresses.checked() as stores:
+        yield stores

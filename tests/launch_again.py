@@ -89,6 +89,13 @@ def main() -> None:
     dlu.dlu_upsample_op.gradients.launch(meta(2, 64, 52, 84), *tensors, 2, 5, 1, True, True, True)
     report["launches of a backward pass"] = len(launched)
     report["alike"] = alike(carafe)
+    _launch.forget_launches()
+    _launch.MOST_REPEATS = 3
+    kept = []
+    for height in range(2, 10):
+        call(forward, 1, height, 5, torch.contiguous_format)
+        kept.append(len(_launch._repeats))
+    report["kept of many"] = max(kept)
     print(json.dumps(report))
 
 
@@ -96,12 +103,15 @@ def alike(carafe) -> dict[str, bool]:
     """Whether calls that differ in one thing launch the same kernel on the same arguments, tensors aside."""
 
     def call(features, masks, kernel_size=3, groups=1) -> tuple:
+        return only(carafe.carafe_op.launch, features, masks, kernel_size, groups, 2)
+
+    def only(run, *arguments) -> tuple:
         launched.clear()
-        carafe.carafe_op.launch(features, masks, kernel_size, groups, 2)
+        run(*arguments)
         ((grid, kernel, arguments),) = launched
         return grid, kernel, [None if isinstance(argument, torch.Tensor) else argument for argument in arguments]
 
-    x, masks = meta(2, 72, 26, 42), meta(2, 9, 52, 84)
+    x, masks, small = meta(2, 72, 26, 42), meta(2, 9, 52, 84), meta(2, 9, 26, 42)
     real = torch.zeros(2 * 72 * 26 * 42 + 1, dtype=torch.bfloat16)  # meta tensors have no address
     based, shifted = real[:-1].view(2, 72, 26, 42), real[1:].view(2, 72, 26, 42)
     wide, matmul = (x.float(), masks.float()), torch.backends.cuda.matmul
@@ -110,8 +120,11 @@ def alike(carafe) -> dict[str, bool]:
         "again": call(meta(2, 72, 26, 42), masks) == plain,
         "dtype": call(x.half(), masks.half()) == plain,
         "settings": call(x, masks, kernel_size=1, groups=9) == plain,
+        "shape": call(meta(4, 72, 26, 42)[:1], meta(4, 9, 52, 84)[:1]) == plain,
         "strides": call(meta(2, 144, 26, 42)[:, ::2], masks) == plain,
         "alignment": call(shifted, masks) == call(based, masks),
+        "forward and backward": only(carafe.carafe_op.launch, x, small, 3, 1, 1)
+        == only(carafe.carafe_op.gradients.launch, x, x, small, 3, 1, 1, True, False),
     }
     before, exact = matmul.fp32_precision, call(*wide)
     matmul.fp32_precision = "tf32"

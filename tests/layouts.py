@@ -21,6 +21,22 @@ def cropped(x):
     return wide[..., 2:-1]
 
 
+def framed(x):
+    """Inside a larger map, with strides and a base that pairs of columns can be read from."""
+    n, c, h, w = x.shape
+    large = x.new_full((n, c, h + 2, (w + 7) // 4 * 4 + 4), float("nan"))
+    large[:, :, 1 : h + 1, 4 : w + 4] = x
+    return large[:, :, 1 : h + 1, 4 : w + 4]
+
+
+def apart(x):
+    """Images in channels_last, one after the other with a single element between."""
+    n, c, h, w = x.shape
+    images = x.new_full((n, c * h * w + 1), float("nan"))
+    images[:, :-1] = x.permute(0, 2, 3, 1).flatten(1)
+    return images[:, :-1].unflatten(1, (h, w, c)).permute(0, 3, 1, 2)
+
+
 def channel_slice(x):
     """Channels of a larger channels_last tensor, from the fourth on."""
     n, c, h, w = x.shape

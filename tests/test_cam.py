@@ -144,6 +144,7 @@ def test_work_shared_between_programs(large, enough, device, monkeypatch):
     """Few images split their channels and outputs over programs, many do not; planes may not fit one program."""
     monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", enough)
     a, g = planes(1, 150, *((40, 33) if large else (5, 6)), device=device)
+    a -= 0.3  # signed, so that magnitudes are not values
     if large:
         a, g = a[:, :40].contiguous(memory_format=torch.channels_last), g[:, :40]
     assert _launch.plane_tile(a, g).whole != large
@@ -166,6 +167,17 @@ def test_finishing_reads_no_more_than_half_of_the_inputs(shape):
     tiles, outputs = _launch.finishing_tiles(n, 224 * 224, slices, c)
     assert (tiles - 1) * outputs < 224 * 224 <= tiles * outputs
     assert slices == 1 or tiles * slices <= c
+
+
+def test_slices_of_several_blocks(device, monkeypatch):
+    """Of which the last one has fewer."""
+    a, g = planes(1, 45, 20, 33, device=device)
+    tile = _launch.plane_tile(a, g)
+    monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", 4)
+    slices, per_program = _launch.map_slices(1, 45, tile, 20 * 33)
+    assert 1 < slices < _launch.cdiv(45, tile.channels)
+    assert per_program > tile.channels
+    assert_parts_equal(dlu_triton.class_activation_parts(a, g), reference.class_activation_parts(a, g))
 
 
 def test_more_slices_than_are_added_at_a_time(device):
@@ -215,6 +227,27 @@ def test_several_classes_are_a_loop(method, library, device):
     weights = g[:, :, :, 0, 0].transpose(0, 1)
     several = library.weighted_activation_map(a, weights)
     torch.testing.assert_close(several[:, 1], library.weighted_activation_map(a, weights[:, 1]))
+
+
+@pytest.mark.parametrize("method", ("gradcam++", "elementwise"))
+def test_several_classes_of_large_planes(method, device):
+    a, _ = planes(2, 3, 66, 67, device=device)
+    _, g = planes(2, 2, 3, 66, 67, device=device)
+    found = dlu_triton.class_activation_parts(a, g, method)
+    assert_parts_equal(found, reference.class_activation_parts(a, g, method))
+
+
+@pytest.mark.parametrize("shape", [(33, 5, 7), (5, 40, 33)], ids=str)
+@pytest.mark.parametrize("layout", (torch.Tensor.contiguous, channels_last, sliced), ids=lambda layout: layout.__name__)
+def test_nothing_outside_is_touched(layout, shape, device, checked_addresses):
+    """Every address of every load and store is that of an element, also where its value would be dropped."""
+    if device.type == "cuda":
+        pytest.skip("needs the interpreter")
+    a, g = (layout(x) for x in planes(2, *shape, device=device))
+    dlu_triton.class_activation_parts(a, g, "gradcam++", size=(9, 5), normalize=True)
+    dlu_triton.class_activation_map(a, g, "layercam")
+    dlu_triton.weighted_activation_map(a, g[..., 0, 0], size=8)
+    assert checked_addresses  # what was stored to
 
 
 @LIBRARIES
@@ -311,6 +344,21 @@ def test_constant_maps_are_zero(library, device):
     a = torch.full((1, 1, 3, 3), 0.1, device=device)
     for size in (None, (3, 3), (7, 5), (64, 33)):
         assert library.weighted_activation_map(a, a[:, :, 0, 0], size=size, normalize=True).eq(0).all()
+
+
+@LIBRARIES
+def test_infinite_eps_is_refused(library, device):
+    """It would make every weight zero."""
+    a, g = planes(1, 2, 3, 3, device=device)
+    with pytest.raises(ValueError, match="eps must be finite and at least 0, got inf"):
+        library.xgrad_cam(a, g, eps=float("inf"))
+
+
+def test_as_many_pixels_as_there_may_be():
+    sides = (2**12, _checks.MAX_MAP_PIXELS // 2**12)
+    assert _checks.map_size(sides) == sides
+    with pytest.raises(ValueError, match=f"size must have at most {_checks.MAX_MAP_PIXELS} pixels"):
+        _checks.map_size((sides[0], sides[1] + 1))
 
 
 @LIBRARIES

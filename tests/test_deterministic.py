@@ -136,9 +136,10 @@ def test_gradients_of_any_magnitude(power, dtype, device):
         torch.testing.assert_close(found * 2.0**-power, expected * 2.0**-power, rtol=1e-13, atol=1e-13)
 
 
-def test_small_gradients_beside_a_large_one(device):
-    """A gradient 2^-18 of the largest still keeps what float32 holds of it."""
-    arguments = _verify.inputs("expand_kernels", CASE, torch.float32, device)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
+def test_small_gradients_beside_a_large_one(dtype, bound, device):
+    """A gradient 2^-18 of the largest still keeps what its type holds of it; float64 needs two integers for that."""
+    arguments = _verify.inputs("expand_kernels", CASE, dtype, device)
     arguments["offsets"] *= 0
     arguments["grad_output"][:, :, 6:] *= 2.0**-18
     with deterministic():
@@ -146,7 +147,19 @@ def test_small_gradients_beside_a_large_one(device):
     exact = {name: value.double() for name, value in arguments.items()}
     expected = gradients("expand_kernels", exact, eager=True)["kernel_space"]
     error = (found.double() - expected)[:, :, 3:].abs().max() / expected[:, :, 3:].abs().max()
-    assert error < 1e-6
+    assert error < bound
+
+
+def test_as_many_terms_as_there_are_outputs(device):
+    """All of the largest magnitude, in one kernel: the outputs of all source pixels, not just as many as these."""
+    case = Case("", height=2, width=2, scale_factor=4, kernel_size=3)
+    arguments = _verify.inputs("expand_kernels", case, torch.float32, device)
+    arguments["offsets"] = torch.full_like(arguments["offsets"], -100.0)
+    arguments["grad_output"] = torch.zeros_like(arguments["grad_output"])
+    arguments["grad_output"][:, 0] = 1.99
+    expected = gradients("expand_kernels", arguments, case, eager=True)["kernel_space"]
+    with deterministic():
+        torch.testing.assert_close(gradients("expand_kernels", arguments, case)["kernel_space"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # of the interpreter

@@ -216,6 +216,8 @@ def test_targets(explainer, net, device):
     if explainer is dlu_triton.GradCAM:  # linear in the score
         torch.testing.assert_close(function.raw, explain(x, 1).raw - explain(x, 2).raw)
     torch.testing.assert_close(explain(x, 3).map, explain(x, [3, 3, 3]).map)
+    functions = [lambda row, c=c: row[c] for c in (1, 4, 0)]  # of each image its own
+    torch.testing.assert_close(explain(x, functions).raw, explain(x, [1, 4, 0]).raw)
 
 
 @explainers
@@ -638,6 +640,45 @@ def test_dead_maps(device):
     constant = dlu_triton.XGradCAM(net, "1")(images(device), 1)
     assert constant.map.eq(0).all()
     assert not constant.dead.any()
+
+
+def test_maps_of_zeros_are_dead(device):
+    """Also without ReLU: nothing in them is positive."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 64, 2)).double().to(device)
+    with torch.no_grad():
+        net[0].bias.fill_(-1)
+        net[0].weight.zero_()
+    found = dlu_triton.HiResCAM(net, "1")(images(device), 0)
+    assert found.raw.eq(0).all()
+    assert found.dead.all()
+
+
+def test_fused_maps_are_dead_where_all_layers_are(device):
+    """One layer speaks against the score with every activation, the other does not."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 1))
+    net = net.double().to(device)
+    with torch.no_grad():
+        for convolution, weight, bias in ((net[0], 1.0, 100.0), (net[2], -1.0, 1000.0)):
+            convolution.weight.fill_(weight)
+            convolution.bias.fill_(bias)
+        net[5].weight.fill_(1)
+    found = dlu_triton.HiResCAM(net, ["1", "3"], fuse="mean")(images(device), 0)
+    assert [layer.dead.tolist() for layer in found.layers] == [[True] * 3, [False] * 3]
+    assert not found.dead.any()
+    assert dlu_triton.HiResCAM(net, ["1", "0"], fuse="mean")(images(device), 0).dead.all()
+
+
+def test_ablation_of_a_score_of_zero(device):
+    """Its weights are zero, whatever the channels do."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.Flatten(), nn.Linear(128, 1, bias=False))
+    net = net.double().to(device)
+    with torch.no_grad():
+        net[0].weight.fill_(1)
+        net[2].weight[:, :64], net[2].weight[:, 64:] = 1, -1
+    found = dlu_triton.AblationCAM(net, "0")((8 * images(device)).round(), 0)  # sums are exact
+    assert found.scores.eq(0).all()
+    assert found.weights.eq(0).all()
+    assert found.map.eq(0).all()
 
 
 def test_an_empty_batch(net, device):

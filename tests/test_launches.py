@@ -66,7 +66,14 @@ def test_a_call_alike_repeats_its_launches(report, step, launches, layout):
 def test_calls_that_differ_are_told_apart(report):
     """A kernel for other types, or for tensors that are aligned, would read wrong or fault."""
     assert report["alike"].pop("again")
-    assert report["alike"] == dict.fromkeys(("dtype", "settings", "strides", "alignment", "tf32"), False)
+    assert report["alike"] == dict.fromkeys(
+        ("dtype", "settings", "shape", "strides", "alignment", "tf32", "forward and backward"), False
+    )
+
+
+def test_few_launches_are_kept(report):
+    """Of calls at ever new sizes."""
+    assert report["kept of many"] <= 3
 
 
 def test_eager_code_takes_the_cheapest_way():

@@ -160,8 +160,8 @@ def test_sensitivity_and_conservation_by_hand():
         contributions=torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0]]),
         scores=torch.tensor([4.0, 0.0]),
     )  # fmt: skip
-    drops = torch.tensor([[1.0, 1.0, -2.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(metrics.sensitivity(explanation, drops), torch.tensor([0.5, 0.0]))
+    drops = torch.tensor([[1.0, 1.0, -3.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(metrics.sensitivity(explanation, drops), torch.tensor([3 / 5, 0.0]))
     torch.testing.assert_close(metrics.conservation(explanation), torch.tensor([0.5, 0.0]))
     with pytest.raises(ValueError, match=r"drops must have the shape of the contributions, \(2, 3\), got \(2, 2\)"):
         metrics.sensitivity(explanation, drops[:, :2])
@@ -233,6 +233,9 @@ def test_confidence_change(device):
     assert found.increase.tolist() == [kept > 0.5, False]
     several = metrics.confidence_change(Halves(), x, maps.expand(2, 2, 1, 4), torch.tensor([[0, 1], [0, 0]]))
     torch.testing.assert_close(several.drop.cpu(), torch.tensor([[0.0, 0.0], [0.0, (0.5 - lost) / 0.5]]))
+    unchanged = metrics.confidence_change(Halves(), x, torch.ones_like(maps), target)
+    assert unchanged.drop.tolist() == [0, 0]
+    assert unchanged.increase.tolist() == [False, False]
     with pytest.raises(ValueError, match="maps must be"):
         metrics.confidence_change(Halves(), x, maps[:1], target)
     with pytest.raises(ValueError, match=r"target must hold a class for each map, \(2,\)"):

@@ -1,12 +1,14 @@
 """Operators against float64 over dtypes, layouts and sizes, with random upstream gradients."""
 
+import ast
+import inspect
 from itertools import product
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from layouts import channel_slice, channels_last, cropped, expanded, scalar, sliced, transposed
+from layouts import apart, channel_slice, channels_last, cropped, expanded, framed, scalar, sliced, transposed
 from selection import long
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -14,7 +16,7 @@ from triton.runtime import interpreter
 import dlu_triton
 from dlu_triton import _launch, _verify, reference
 from dlu_triton._verify import Case
-from dlu_triton.ops import _kernels, _reassembly
+from dlu_triton.ops import _cam_kernels, _kernels, _reassembly
 from dlu_triton.ops import carafe as carafe_ops
 from dlu_triton.ops import dlu as dlu_ops
 
@@ -101,7 +103,7 @@ def test_degenerate_maps(dtype, size, device):
 def test_channels_shared_between_programs(operator, device, monkeypatch):
     """Small maps split the channels of a tile over programs, large maps do not; both must be right."""
     case = Case("", channels=200, height=3, width=3, kernel_size=3)
-    for enough in (1, 10**6):
+    for enough in (1, 4, 10**6):  # of four blocks all, two, or one to a program
         monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", enough)
         _launch.forget_launches()
         assert_within_bounds(operator, case, torch.float32, device)
@@ -163,6 +165,7 @@ def test_which_maps_are_read_in_pairs(dtype):
         assert aligned(x) == 0
     assert aligned(meta(8, 10)[..., :8]) == 2
     assert aligned(meta(8, 11)[..., :8]) == 0
+    assert aligned(meta(8, 12)[..., :7]) == 0
 
 
 def test_which_images_take_64_bits():
@@ -201,6 +204,18 @@ def test_layout_changes_no_value(operator, layout, device):
         for name in expected:
             close = torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5)
             assert close, f"{name} is wrong with {changed} {layout.__name__}"
+
+
+@pytest.mark.parametrize("layout", (framed, apart), ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("operator", ("carafe", "dlu_upsample"))
+def test_runs_of_views(operator, layout, device):
+    """Odd widths in rows of even strides, images an odd number of elements apart: runs along them end in between."""
+    case = Case("", batch=2, channels=8, height=3, width=7, kernel_size=3)
+    arguments = _verify.inputs(operator, case, torch.float32, device)
+    expected = _verify.results(_verify.function(operator, case, eager=True), arguments)
+    views = {name: layout(value) for name, value in arguments.items()}
+    found = _verify.results(_verify.function(operator, case, eager=False), views)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), **by_name)
@@ -305,6 +320,38 @@ def test_gradcheck(operator, case, eager, device):
     )
 
 
+@pytest.mark.parametrize("at_a_time", (1, 132))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("k5", channels=3, height=14, width=28),
+        Case("k3, channels_last", channels=5, height=13, width=19, kernel_size=3, channels_last=True),
+    ],
+    **by_name,
+)
+def test_features_gradient_of_wide_maps(case, at_a_time, device, monkeypatch):
+    """With strips of several steps, and steps whose outputs are all inside the map, which take no masks."""
+    monkeypatch.setattr(_launch, "PROGRAMS_AT_A_TIME", at_a_time)
+    _launch.strip_steps.cache_clear()
+    _launch.forget_launches()
+    arguments = _verify.inputs("carafe", case, torch.float32, device)
+    features, masks, grad_output = arguments.values()
+    found = torch.full_like(features, float("nan"))
+    _reassembly.backward_features(grad_output, found, masks, None, case.kernel_size, 1, 2)
+    _launch.strip_steps.cache_clear()
+    _launch.forget_launches()
+    features.requires_grad_()
+    output = reference.carafe(features, masks, case.kernel_size, 1, 2)
+    (expected,) = torch.autograd.grad(output, features, grad_output)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_samples_around_the_window_of_cells(device):
+    """Those near a tile are summed by a product, those beyond one by one; none is lost in between."""
+    case = Case("", height=8, width=12, kernel_size=3, reach=3.0)
+    assert_within_bounds("expand_kernels", case, torch.float32, device)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels launched from here on."""
@@ -388,6 +435,17 @@ def test_empty_batch(library, device):
 
 
 @pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+def test_sizes_beside_those_that_are_allowed(library, device):
+    """Every dimension but the batch that is empty, and the smallest even kernel."""
+    masks = torch.zeros(1, 9, 2, 2, device=device)
+    for shape in ((1, 0, 2, 2), (1, 2, 0, 2), (1, 2, 2, 0)):
+        with pytest.raises(ValueError, match="features must have no empty dimension but the batch, got shape"):
+            library.carafe(torch.zeros(shape, device=device), masks, 3, 1, 1)
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 2"):
+        library.carafe(torch.zeros(1, 2, 2, 2, device=device), masks[:, :4], 2, 1, 1)
+
+
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf"), 1e30, -1e30))
 def test_hostile_offset(value, library, device):
     """Infinite and huge offsets hold to the border; NaN makes its own output pixel NaN and no other."""
@@ -420,6 +478,34 @@ def test_nan_offset_reaches_only_the_features_it_weighs(library, device):
     assert torch.equal(gradient.isnan(), expected)
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("offsets", "grad_output"))
+def test_what_is_not_finite_reaches_only_what_it_weighs(name, value, device):
+    """In the gradients of expand_kernels: its own sample, as in the reference, not the cells around the tile."""
+    case = Case("", height=4, width=5, kernel_size=3, reach=0.4)
+    arguments = _verify.inputs("expand_kernels", case, torch.float32, device)
+    arguments[name][0, 3, 1, 2] = value
+    expected, found = (
+        _verify.results(_verify.function("expand_kernels", case, eager=eager), arguments) for eager in (True, False)
+    )
+    assert not all(gradient.isfinite().all() for gradient in expected.values()) or (name, value) == ("offsets", value)
+    for each in ("kernel_space", "offsets"):
+        assert torch.equal(found[each].isfinite(), expected[each].isfinite()), each
+        torch.testing.assert_close(found[each].nan_to_num(0, 0, 0), expected[each].nan_to_num(0, 0, 0))
+
+
+@pytest.mark.parametrize("shift", (-1000.0, 1000.0))
+@pytest.mark.parametrize("operator", ("dlu_upsample", "expand_kernels", "carafe_upsample"))
+def test_softmax_of_large_logits(operator, shift, device):
+    """Far past what `exp` can take, on either side."""
+    case = Case("", channels=2, height=2, width=3, kernel_size=3)
+    arguments = _verify.inputs(operator, case, torch.float64, device)
+    name = "logits" if operator == "carafe_upsample" else "kernel_space"
+    expected = _verify.results(_verify.function(operator, case, eager=True), arguments)
+    found = _verify.results(_verify.function(operator, case, eager=False), arguments | {name: arguments[name] + shift})
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
 def test_nan_kernel_that_nothing_samples_reaches_nothing(library, device):
     """Outputs beyond the border of the map, which tiles hang over, do not sample it either."""
@@ -433,12 +519,13 @@ def test_nan_kernel_that_nothing_samples_reaches_nothing(library, device):
     assert gradient.isfinite().all()
 
 
-def test_far_coordinates_keep_their_fraction_in_half_precision(device):
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+def test_far_coordinates_keep_their_fraction_in_half_precision(library, device):
     """In bfloat16 a coordinate near 336 would be off by more than a pixel."""
     width = 340
     space = torch.randn(1, 1 * 9, 1, width, dtype=torch.float32).bfloat16().to(device)
     offsets = torch.full((1, 2, 1, width), 0.375, dtype=torch.bfloat16, device=device)
-    masks = dlu_triton.expand_kernels(space, offsets, 1, 3).double()
+    masks = library.expand_kernels(space, offsets, 1, 3).double()
     exact = reference.expand_kernels(space.double(), offsets.double(), 1, 3)
     torch.testing.assert_close(masks, exact, atol=4e-3, rtol=0)
 
@@ -452,9 +539,62 @@ def test_float16_sums_beyond_its_range(device):
         assert library.carafe(features, masks, 3, 1, 1)[0, 0, 1, 1].item() == 0
 
 
+@pytest.mark.parametrize("library", (reference, dlu_triton), ids=("reference", "kernels"))
+def test_gradients_of_float16_beyond_its_range(library, device):
+    """What outputs above send to a pixel, those below take back, and so do the first channels and the last."""
+    features = torch.full((1, 128, 2, 3), 200.0, dtype=torch.float16, device=device)
+    features[:, 64:] *= -1
+    masks = torch.ones(1, 9, 4, 6, dtype=torch.float16, device=device)
+    grad_output = torch.full((1, 128, 4, 6), 20000.0, dtype=torch.float16, device=device)
+    grad_output[:, :, 2:] *= -1
+    tensors = (features.requires_grad_(), masks.requires_grad_())
+    gradients = torch.autograd.grad(library.carafe(*tensors, 3, 1, 2), tensors, grad_output)
+    assert [gradient.abs().max().item() for gradient in gradients] == [0, 0]
+
+
+def test_sampled_bfloat16_kernels_are_rounded_once(device):
+    """The normalised kernel space is kept finer than the kernels sampled from it."""
+    case = Case("", height=6, width=8, kernel_size=3)
+    space, offsets, _ = _verify.inputs("expand_kernels", case, torch.bfloat16, device).values()
+    exact = reference.expand_kernels(space.double(), offsets.double(), 2, 3)
+    masks = dlu_triton.expand_kernels(space, offsets, 2, 3).double()
+    steps = (masks - exact).abs() / (exact.log2().floor() - 7).exp2()  # between numbers of eight bits
+    rounding = 1.0 if device.type == "cpu" else 0.5  # the interpreter truncates
+    assert steps[exact > 2**-8].max() <= rounding + 0.2
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        (Case("groups", channels=9, height=3, width=5, kernel_size=3, groups=3), sliced),
+        (Case("pairs", channels=18, height=3, width=10), framed),
+        (Case("channels_last", batch=2, channels=24, height=3, width=6, channels_last=True), channels_last),
+    ],
+    ids=("groups", "pairs", "channels_last"),
+)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_nothing_outside_is_touched(operator, case, layout, device, checked_addresses):
+    """Every address of every load, store and addition is that of an element, also where its value would be dropped."""
+    if device.type == "cuda":
+        pytest.skip("needs the interpreter")
+    arguments = {name: layout(x) for name, x in _verify.inputs(operator, case, torch.float32, device).items()}
+    _verify.results(_verify.function(operator, case, eager=False), arguments)
+    assert checked_addresses  # what was stored to
+
+
+@pytest.mark.parametrize("module", (_kernels, _cam_kernels), ids=("upsamplers", "maps"))
+def test_masked_loads_say_what_is_there_instead(module):
+    """The interpreter takes zero; a GPU what happens to be in the register."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+    loads = [{each.arg for each in call.keywords} for call in calls if ast.unparse(call.func) == "tl.load"]
+    masked = [names for names in loads if "mask" in names]
+    assert len(masked) >= 4
+    assert all("other" in names for names in masked)
 
 
 @pytest.mark.parametrize("operator", ["dlu_upsample", "carafe", "carafe_upsample"])
@@ -568,6 +708,7 @@ def test_tf32_only_where_the_user_allows_it(monkeypatch):
         for setting in ("ieee", "tf32", "ieee"):
             matmul.fp32_precision = setting
             found.append([_launch.precision(dtype) for dtype in DTYPES])
+            assert _launch.sum_precision(torch.float32) == "tf32x3"
     finally:
         matmul.fp32_precision = before
     others = dict.fromkeys(DTYPES, "ieee")
