@@ -1,9 +1,10 @@
 """Call operators in the worker processes of a data loader, after this process has called them with many threads.
 
-    python tests/load_in_workers.py fork|spawn|forkserver
+    python tests/load_in_workers.py fork|spawn|forkserver [cuda]
 
-prints a JSON object: what differs between workers and this process, and whether CUDA was initialised. With the
-interpreter, a thread of this process is in the midst of launches whenever workers are forked.
+prints a JSON object: what differs between workers and this process, and whether CUDA was initialised, or asked for its
+devices, which takes CUDA from forked processes, unless this process is to use it. With the interpreter, a thread of
+this process is in the midst of launches whenever workers are forked.
 """
 
 import json
@@ -43,10 +44,9 @@ def collate(samples: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], torc
 
 
 def main() -> None:
-    method = sys.argv[1]
-    before = torch.cuda.is_initialized()
+    method, uses_cuda = sys.argv[1], "cuda" in sys.argv[2:]
     torch.set_num_threads(4)
-    if torch.cuda.is_available() and not _launch.INTERPRETED:
+    if uses_cuda:
         torch.ones(3, device="cuda").sum().item()
     large = torch.randn(2, 16, 64, 64, requires_grad=True)
     dlu_triton.reference.carafe(large, torch.randn(2, 9, 128, 128), 3, 1, 2).sum().backward()  # takes all threads
@@ -63,18 +63,19 @@ def main() -> None:
     if _launch.INTERPRETED:
         thread.start()
     loader = DataLoader(Results(), collate_fn=collate, num_workers=2, multiprocessing_context=method, timeout=100)
-    different, epochs = [], 2
-    for _ in range(epochs):
+    different, initialised = [], False
+    for _ in range(2):
         for operator, (sample, maps, _), (found, found_maps, bad) in zip(
             _verify.OPERATORS, expected, loader, strict=True
         ):
-            same = map(torch.equal, [*sample, maps], [*found, found_maps])
-            different += [] if all(same) and not (bad and not torch.cuda.is_initialized()) else [operator]
+            if not all(map(torch.equal, [*sample, maps], [*found, found_maps])):
+                different.append(operator)
+            initialised |= bad
     done.set()
     if thread.is_alive():
         thread.join()
-    used = torch.cuda.is_initialized() and not (torch.cuda.is_available() and not _launch.INTERPRETED)
-    print(json.dumps({"different": different, "initialised": before or used}))
+    initialised |= torch.cuda.is_initialized()
+    print(json.dumps({"different": different, "initialised": initialised and not uses_cuda}))
 
 
 if __name__ == "__main__":

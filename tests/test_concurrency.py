@@ -255,7 +255,7 @@ def test_first_calls_on_shards_race():
     dist.destroy_process_group()
     print("done")
     """)
-    assert run_code(code, interpret="0") == ["done"]
+    assert run_code(code, interpret="0")[-1] == "done"  # after what gloo may have to say
 
 
 @needs_cuda
@@ -298,7 +298,8 @@ def test_threads_on_streams_of_their_own(device):
 )
 def test_operators_in_workers_of_a_data_loader(method, interpret):
     """The bits of the parent, no hang, and no device asked for: forked workers could not use CUDA any more."""
-    found = json.loads(run(TESTS / "load_in_workers.py", method, interpret=interpret))
+    used = ["cuda"] if torch.cuda.is_available() and interpret == "0" else []
+    found = json.loads(run(TESTS / "load_in_workers.py", method, *used, interpret=interpret))
     assert found == {"different": [], "initialised": False}
 
 
