@@ -700,8 +700,6 @@ def test_damage_of_maps(size, method, name, value, path):
         assert torch.equal(part[~touched], getattr(clean, each)[~touched]), each
         if math.isnan(value):
             assert part[touched].isnan().all(), each
-    if (method, name) == ("gradcam++", "activations") and math.isinf(value):
-        return  # a finite share of an infinite sum is zero in the twin; kernels, which pad planes with zeros, give NaN
     eager = reference.class_activation_parts(activations, gradients, method)
     for each in expected:
         assert torch.equal(getattr(found, each).isfinite(), getattr(eager, each).isfinite()), each

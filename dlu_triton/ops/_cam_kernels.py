@@ -81,7 +81,8 @@ def _terms(a, g, total, METHOD: tl.constexpr, EPS: tl.constexpr, ACC: tl.constex
         return g
     elif METHOD == "gradcam++":
         square = g * g
-        return _relu(g) * _ratio(square, 2 * square + total[None, :] * square * g + tl.full([], EPS, ACC))
+        cubes = tl.where(square == 0, 0.0, total[None, :] * square * g)  # padding adds nothing to an infinite plane
+        return _relu(g) * _ratio(square, 2 * square + cubes + tl.full([], EPS, ACC))
     elif METHOD == "layercam":
         return _relu(g) * a
     elif METHOD == "elementwise":
