@@ -106,7 +106,17 @@ def image_size(inputs: Inputs) -> tuple[int, int] | None:
     return None
 
 
-def described(inputs: Inputs) -> str:
+def map_size(size: int | tuple[int, int] | None, inputs: Inputs) -> tuple[int, int]:
+    """Height and width of maps, by default those of the images."""
+    wanted = _checks.map_size(size) or image_size(inputs)
+    if wanted is None:
+        raise ValueError(
+            f"size must be given unless one of the inputs is a batch of images (N, C, H, W), got {_described(inputs)}"
+        )
+    return wanted
+
+
+def _described(inputs: Inputs) -> str:
     """Kinds and shapes, for an error message."""
     values = [
         f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__ for value in _values(inputs)

@@ -107,9 +107,13 @@ def kernel_device(name: str, value: Tensor) -> None:
         )
 
 
-def _beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def _beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
             f"{name} must be float64 exactly when {other_name} is: {other_name} {other.dtype}, got {value.dtype}"
@@ -222,6 +226,33 @@ def weighted_activation_map(
     else:
         _shape("weights", weights, "(N, C), or (N, K, C) for K maps,", (n, c))
     _beside("weights", weights, "activations", activations)
+
+
+def upstream(name: str, value: Tensor, upsampled_name: str, upsampled: Tensor, scale: int) -> None:
+    """Rules of the gradient that a backward operator is given, of what came of the upsampled tensor."""
+    _floating(name, value)
+    n, c, h, w = upsampled.shape
+    _shape(name, value, "(N, C, scale_factor*H, scale_factor*W)", (n, c, scale * h, scale * w))
+    _beside(name, value, upsampled_name, upsampled)
+
+
+def class_activation_map_op(
+    activations: Tensor, gradients: Tensor, method: object, eps: object, relu: object, size: object, normalize: object,
+    wants_channels: bool,
+) -> None:  # fmt: skip
+    """Rules of the registered operator."""
+    class_activation_map(activations, gradients, method, eps, relu, size, normalize)
+    if gradients.dim() != 5:
+        raise ValueError(f"gradients must have 5 dimensions (N, K, C, H, W), got shape {tuple(gradients.shape)}")
+
+
+def weighted_activation_map_op(
+    activations: Tensor, weights: Tensor, relu: object, size: object, normalize: object
+) -> None:
+    """Rules of the registered operator."""
+    weighted_activation_map(activations, weights, relu, size, normalize)
+    if weights.dim() != 3:
+        raise ValueError(f"weights must have 3 dimensions (N, K, C), got shape {tuple(weights.shape)}")
 
 
 def flags(**values: object) -> None:

@@ -162,12 +162,7 @@ class _Explainer:
         """
         _checks.flags(relu=relu, normalize=normalize)
         _checks.chunk_size(chunk_size)
-        wanted = _checks.map_size(size) or _capture.image_size(inputs)
-        if wanted is None:
-            raise ValueError(
-                "size must be given unless one of the inputs is a batch of images (N, C, H, W), "
-                f"got {_capture.described(inputs)}"
-            )
+        wanted = _capture.map_size(size, inputs)
         explanations = self._explain(inputs, target, wanted, relu, normalize, chunk_size)
         if self._fuse == "mean":
             return _fused(explanations, wanted, relu, normalize)
