@@ -104,7 +104,7 @@ def test_a_pass_is_held_against_what_it_reads_and_writes(direction, op, elements
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' "),
         (["--scale", "17"], "argument --scale: invalid choice: 17 "),
         (["--scale", "2", "16", "--size", "8", "32"], "--size must be at least --scale, 16, got 8"),
-        (["--json", "{here}/none/results.json"], "--json must be a file that can be written, got {here}/none/results.json: No such file or directory"),
+        (["--json", "{here}/no/a.json"], "--json must be a file that can be written, got {here}/no/a.json: No such"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
