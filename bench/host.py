@@ -150,7 +150,7 @@ def _stub(operator: Operator) -> Iterator[None]:
     with mock.patch.object(triton.runtime.driver, "_active", StubDriver(GPUTarget("cuda", 90, 32))):
         compiled = _nothing[(1,)]()
         for each in every:
-            torch.library.register_kernel(each.op, "cpu", each.launch)
+            torch.library.register_kernel(each.op, "cpu", each._as_registered(each.launch))
         try:
             with (
                 mock.patch.object(JITFunction, "run", return_value=compiled),
@@ -160,7 +160,7 @@ def _stub(operator: Operator) -> Iterator[None]:
         finally:
             _launch.forget_launches()
             for each in every:
-                torch.library.register_kernel(each.op, "cpu", each._by_twin)
+                torch.library.register_kernel(each.op, "cpu", each._as_registered(each._by_twin))
 
 
 def _runs_kernels(tensor: object) -> bool:

@@ -94,3 +94,30 @@ def test_a_pass_is_held_against_what_it_reads_and_writes(direction, op, elements
     case = TINY._replace(kernel=5)
     tensors, gradient = cases.inputs(op, case, "cpu"), cases.upstream(op, case, "cpu")
     assert tune.ideal_bytes(direction, op, tensors, gradient) == 4 * case.h * case.w * elements
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "argument --batch: the number must be from 1 to 1000000, got 0"),
+        (["--size", "8", "x"], "argument --size: the number must be an integer, got 'x' of type str"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' "),
+        (["--scale", "17"], "argument --scale: invalid choice: 17 "),
+        (["--scale", "2", "16", "--size", "8", "32"], "--size must be at least --scale, 16, got 8"),
+        (["--json", "{here}/no/a.json"], "--json must be a file that can be written, got {here}/no/a.json: No such"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "DEVICE", "cuda")
+    monkeypatch.setattr("sys.argv", ["tune.py", *(each.replace("{here}", str(tmp_path)) for each in arguments)])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        tune.main()
+    assert f"tune.py: error: {message.replace('{here}', str(tmp_path))}" in capsys.readouterr().err
+
+
+def test_tuning_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    monkeypatch.setattr("sys.argv", ["tune.py"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        tune.main()
+    assert "error: needs a GPU: the speed of a CPU or of the interpreter" in capsys.readouterr().err

@@ -31,11 +31,12 @@ import clock
 import machine
 import measure
 import torch
-from cases import BACKWARD, CARAFE, DLU, FORWARD, LOGITS, MEMORY_FORMATS, Case
+from cases import BACKWARD, CARAFE, DLU, DTYPES, FORWARD, LOGITS, MEMORY_FORMATS, Case
 from test_upsampling import OPERATORS
 from torch import Tensor
 
-from dlu_triton import _launch
+from dlu_triton import _checks, _launch
+from dlu_triton.__main__ import positive_integer
 
 FEATURES, KERNELS = "features", "kernels"
 ROUNDS = 30
@@ -259,17 +260,26 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pass", dest="direction", default=FORWARD, choices=PASSES)
     parser.add_argument("--op", default=DLU, choices=(DLU, CARAFE, LOGITS))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--channels", type=int, default=256)
-    parser.add_argument("--size", type=int, nargs=2, default=(208, 336), help="height and width of the output")
-    parser.add_argument("--scale", type=int, nargs="+", default=[2])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--batch", type=positive_integer, default=8)
+    parser.add_argument("--channels", type=positive_integer, default=256)
+    parser.add_argument(
+        "--size", type=positive_integer, nargs=2, default=(208, 336), help="height and width of the output"
+    )
+    parser.add_argument("--scale", type=int, nargs="+", default=[2], choices=range(1, _checks.MAX_SCALE_FACTOR + 1))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=(*DTYPES, "float64"))
     parser.add_argument("--layout", nargs="+", default=list(MEMORY_FORMATS), choices=list(MEMORY_FORMATS))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no variant after these")
     parser.add_argument("--json", type=Path, help="a file for all results, written after each")
     options = parser.parse_args()
+    if min(options.size) < max(options.scale):
+        parser.error(f"--size must be at least --scale, {max(options.scale)}, got {min(options.size)}")
     if measure.DEVICE != "cuda":
         parser.error("needs a GPU: the speed of a CPU or of the interpreter says nothing about tiles")
+    if options.json:
+        try:
+            options.json.open("a").close()
+        except OSError as error:
+            parser.error(f"--json must be a file that can be written, got {options.json}: {error.strerror}")
     results, end = [], time.monotonic() + options.seconds
     for scale, dtype, layout in itertools.product(options.scale, options.dtype, options.layout):
         height, width = (side // scale for side in options.size)

@@ -2,6 +2,7 @@
 what upsamplers cost."""
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -11,13 +12,46 @@ import torch
 
 from . import _checks, _launch
 
+MOST = 1_000_000  # of whatever a command counts
+FAILED, INTERRUPTED = 1, 130
+
 
 def positive_integer(text: str) -> int:
-    return _checks.integer("the number", int(text), 1)
+    try:
+        value: int | str = int(text)
+    except ValueError:
+        value = text
+    try:
+        return _checks.integer("the number", value, 1, MOST)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dlu_triton", description=__doc__)
+    """Returns the exit status."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
+        if error.errno == errno.ENOSPC:
+            print(f"dlu_triton: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return FAILED  # silently where the reader has left, as `head` does
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dlu_triton",
+        description=__doc__,
+        epilog="Exit status: 0; 1 if a check fails or something cannot be read, written or imported; 2 after wrong "
+        "arguments; 130 after Ctrl-C.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "verify", help="compare the kernels with float64 on the GPU, or in Triton's interpreter where there is none"
@@ -52,7 +86,10 @@ def main(arguments: list[str]) -> int:
     interpret = options.command == "verify"
     if not torch.cuda.is_available() and interpret != _launch.INTERPRETED:
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
-        return subprocess.run([sys.executable, "-m", "dlu_triton", *arguments], env=environment).returncode
+        status = subprocess.run([sys.executable, "-m", "dlu_triton", *arguments], env=environment).returncode
+        if status < 0:
+            print(f"dlu_triton {options.command}: error: stopped by signal {-status}", file=sys.stderr)
+        return status if status >= 0 else 128 - status  # as shells have it
     if options.command == "verify":
         from . import _verify
 
@@ -67,4 +104,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that no encoding has
     sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,6 @@ Target = int | Sequence[Any] | Tensor | np.ndarray | Callable[[Any], Tensor] | N
 Layers = nn.Module | str | Sequence[nn.Module | str]
 Planes = Callable[[Tensor], Tensor]
 
-LAYOUTS = ("NCHW", "NHWC", "NTC")
 MOST_PREFIX_TOKENS = 16  # class and register tokens that are looked for
 
 
@@ -32,39 +31,38 @@ MOST_PREFIX_TOKENS = 16  # class and register tokens that are looked for
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, layers: Layers, argument: str = "layers") -> dict[str, nn.Module]:
     """The layers by name, from modules of the model or their names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _checks.model(model)
+    modules, their_names = ("a module", "its name") if argument == "layer" else ("modules", "their names")
     names = {id(module): name for name, module in model.named_modules()}
     found = {}
     if not isinstance(layers, nn.Module | str | Sequence):
-        raise TypeError(f"layers must be modules or their names, got {type(layers).__name__}")
+        raise TypeError(f"{argument} must be {modules} or {their_names}, got {type(layers).__name__}")
     for layer in [layers] if isinstance(layers, nn.Module | str) else layers:
         if isinstance(layer, str):
             try:
                 model.get_submodule(layer)
             except AttributeError as error:
-                raise ValueError(f"layers must name modules of the model, got {layer!r}: {error}") from None
+                raise ValueError(f"{argument} must name {modules} of the model, got {layer!r}: {error}") from None
         elif isinstance(layer, nn.Module):
             if id(layer) not in names:
-                raise ValueError(f"layers must be modules of the model, got a {type(layer).__name__} outside it")
+                raise ValueError(f"{argument} must be {modules} of the model, got a {type(layer).__name__} outside it")
             layer = names[id(layer)]
         else:
-            raise TypeError(f"layers must be modules or their names, got {type(layer).__name__}")
+            raise TypeError(f"{argument} must be {modules} or {their_names}, got {type(layer).__name__}")
         if layer in found:
-            raise ValueError(f"layers must differ, got {layer!r} twice")
+            raise ValueError(f"{argument} must differ, got {layer!r} twice")
         found[layer] = model.get_submodule(layer)
     if not found:
-        raise ValueError("layers must have at least one layer, got none")
+        raise ValueError(f"{argument} must have at least one layer, got none")
     return found
 
 
 def one_layer(model: nn.Module, layer: nn.Module | str) -> dict[str, nn.Module]:
-    found = find_layers(model, layer)
-    if len(found) != 1:
-        raise ValueError(f"layer must be one layer, got {len(found)}")
-    return found
+    if isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) != 1:
+        raise ValueError(f"layer must be one layer, got {len(layer)}")
+    return find_layers(model, layer, "layer")
 
 
 def require_evaluation(model: nn.Module) -> None:
@@ -108,7 +106,17 @@ def image_size(inputs: Inputs) -> tuple[int, int] | None:
     return None
 
 
-def described(inputs: Inputs) -> str:
+def map_size(size: int | tuple[int, int] | None, inputs: Inputs) -> tuple[int, int]:
+    """Height and width of maps, by default those of the images."""
+    wanted = _checks.map_size(size) or image_size(inputs)
+    if wanted is None:
+        raise ValueError(
+            f"size must be given unless one of the inputs is a batch of images (N, C, H, W), got {_described(inputs)}"
+        )
+    return wanted
+
+
+def _described(inputs: Inputs) -> str:
     """Kinds and shapes, for an error message."""
     values = [
         f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__ for value in _values(inputs)
@@ -134,7 +142,7 @@ def _values(inputs: Inputs) -> Sequence[Any]:
         return [inputs]
     if isinstance(inputs, Mapping):
         return list(inputs.values())
-    if not isinstance(inputs, Sequence):
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
         raise TypeError(f"inputs must be a tensor, a sequence or a mapping of arguments, got {type(inputs).__name__}")
     return inputs
 
@@ -286,6 +294,7 @@ def resolve(target: Target, output: Any, batch: int) -> Scores:
     if not isinstance(target, Tensor):
         number = _checks.integer("target", target, 0, classes - 1)
         return Scores(torch.full((batch,), number, device=logits.device), None)
+    _checks.dense("target", target)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must hold integers, got {target.dtype}")
     if target.dim() not in (1, 2) or target.shape[0] != batch or 0 in target.shape[1:]:

@@ -3,9 +3,10 @@
 import math
 import numbers
 import operator
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KERNEL_SIZE = 9
@@ -13,6 +14,7 @@ MAX_SCALE_FACTOR = 16
 MAX_MAP_PIXELS = 2**31 - 2**12  # of one plane or map; kernels number them, and a block beyond, in 32 bits
 WEIGHING_METHODS = ("xgradcam", "gradcam", "gradcam++")  # one weight per channel
 CAM_METHODS = (*WEIGHING_METHODS, "hirescam", "layercam", "elementwise")
+LAYOUTS = ("NCHW", "NHWC", "NTC")  # of a layer's output
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -66,9 +68,17 @@ def pack(
     )
 
 
-def _floating(name: str, value: object) -> None:
+def dense(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+        )
+
+
+def _floating(name: str, value: object) -> None:
+    dense(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
 
@@ -77,8 +87,16 @@ def _map(name: str, value: object) -> None:
     _floating(name, value)
     if value.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions (N, C, H, W), got shape {tuple(value.shape)}")
-    if 0 in value.shape[1:]:
+    _, c, h, w = value.shape
+    if not (c and h and w):
         raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(value.shape)}")
+
+
+def pack_input(x: object, channels: int) -> None:
+    """Rules of the forward passes of `DLUPack` and `CARAFEPack`."""
+    _map("x", x)
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have shape (N, channels, H, W) with {channels} channels, got {tuple(x.shape)}")
 
 
 def kernel_device(name: str, value: Tensor) -> None:
@@ -89,9 +107,13 @@ def kernel_device(name: str, value: Tensor) -> None:
         )
 
 
-def _beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def _beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    same_device(name, value, other_name, other)
     if (value.dtype == torch.float64) != (other.dtype == torch.float64):
         raise TypeError(
             f"{name} must be float64 exactly when {other_name} is: {other_name} {other.dtype}, got {value.dtype}"
@@ -173,12 +195,12 @@ def class_activation_map(
     return_weights: object = False,
 ) -> None:
     """Rules of `class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)`."""
-    if method not in CAM_METHODS:
+    if not isinstance(method, str) or method not in CAM_METHODS:
         raise ValueError(f"method must be one of {', '.join(CAM_METHODS)}, got {method!r}")
+    flags(relu=relu, normalize=normalize, return_weights=return_weights)
     if return_weights and method not in WEIGHING_METHODS:
         raise ValueError(f"return_weights must be False for {method}, which has no channel weights, got True")
     non_negative("eps", eps)
-    _flags(relu=relu, normalize=normalize, return_weights=return_weights)
     map_size(size)
     _activations(activations)
     _floating("gradients", gradients)
@@ -194,7 +216,7 @@ def weighted_activation_map(
     activations: Tensor, weights: Tensor, relu: object, size: object, normalize: object
 ) -> None:
     """Rules of `weighted_activation_map(activations, weights, relu, size, normalize)`."""
-    _flags(relu=relu, normalize=normalize)
+    flags(relu=relu, normalize=normalize)
     map_size(size)
     _activations(activations)
     _floating("weights", weights)
@@ -206,15 +228,46 @@ def weighted_activation_map(
     _beside("weights", weights, "activations", activations)
 
 
-def _flags(**values: object) -> None:
+def upstream(name: str, value: Tensor, upsampled_name: str, upsampled: Tensor, scale: int) -> None:
+    """Rules of the gradient that a backward operator is given, of what came of the upsampled tensor."""
+    _floating(name, value)
+    n, c, h, w = upsampled.shape
+    _shape(name, value, "(N, C, scale_factor*H, scale_factor*W)", (n, c, scale * h, scale * w))
+    _beside(name, value, upsampled_name, upsampled)
+
+
+def class_activation_map_op(
+    activations: Tensor, gradients: Tensor, method: object, eps: object, relu: object, size: object, normalize: object,
+    wants_channels: bool,
+) -> None:  # fmt: skip
+    """Rules of the registered operator."""
+    class_activation_map(activations, gradients, method, eps, relu, size, normalize)
+    if gradients.dim() != 5:
+        raise ValueError(f"gradients must have 5 dimensions (N, K, C, H, W), got shape {tuple(gradients.shape)}")
+
+
+def weighted_activation_map_op(
+    activations: Tensor, weights: Tensor, relu: object, size: object, normalize: object
+) -> None:
+    """Rules of the registered operator."""
+    weighted_activation_map(activations, weights, relu, size, normalize)
+    if weights.dim() != 3:
+        raise ValueError(f"weights must have 3 dimensions (N, K, C), got shape {tuple(weights.shape)}")
+
+
+def flags(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
-def non_negative(name: str, value: object) -> None:
+def _number(name: str, value: object) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+
+
+def non_negative(name: str, value: object) -> None:
+    _number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
@@ -243,3 +296,109 @@ def _activations(value: object) -> None:
     h, w = value.shape[2:]
     if h * w > MAX_MAP_PIXELS:
         raise ValueError(f"activations must have at most {MAX_MAP_PIXELS} pixels in a plane, got {h} x {w}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Explainers and metrics
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def model(value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(value).__name__}")
+
+
+def fuse(value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value == "mean"):
+        raise ValueError(f"fuse must be None or 'mean', got {value!r}")
+
+
+def layout(value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value in LAYOUTS):
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {value!r}")
+
+
+def chunk_size(value: object) -> None:
+    if value is not None:
+        integer("chunk_size", value, 1)
+
+
+def explanation(value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"explanation must be an Explanation, of one layer, got {type(value).__name__}; "
+            "a FusedExplanation has those of its layers in `layers`"
+        )
+
+
+def drops(value: Tensor, contributions: Tensor) -> None:
+    _floating("drops", value)
+    if value.shape != contributions.shape:
+        raise ValueError(
+            f"drops must have the shape of the contributions, {tuple(contributions.shape)}, got {tuple(value.shape)}"
+        )
+
+
+def _real(name: str, value: Tensor) -> None:
+    dense(name, value)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+
+
+def maps_and_boxes(maps: Tensor, boxes: Tensor) -> None:
+    """Rules that `pointing_hit` and `energy_in_box` share."""
+    _real("maps", maps)
+    _real("boxes", boxes)
+    if maps.dim() not in (3, 4) or 0 in maps.shape[-2:]:
+        raise ValueError(f"maps must be (N, H, W) or (N, K, H, W) with pixels, got shape {tuple(maps.shape)}")
+    leading = tuple(maps.shape[:-2])
+    if boxes.shape[-1:] != (4,) or tuple(boxes.shape[:-1])[: len(leading)] != leading or (
+        boxes.dim() - 1 - len(leading) not in (0, 1)
+    ):  # fmt: skip
+        raise ValueError(f"boxes must be {(*leading, 4)} or {(*leading, 'B', 4)}, got {tuple(boxes.shape)}")
+
+
+def confidence_change(inputs: Tensor, maps: Tensor) -> None:
+    """Rules of `confidence_change(model, inputs, maps, target)` that need no output of the model."""
+    _map("inputs", inputs)
+    _floating("maps", maps)
+    expected = (inputs.shape[0], *maps.shape[1:-2], *inputs.shape[-2:])
+    if maps.dim() not in (3, 4) or tuple(maps.shape) != expected or 0 in maps.shape[1:]:
+        raise ValueError(
+            f"maps must be (N, H, W) or (N, K, H, W) for inputs {tuple(inputs.shape)}, got {tuple(maps.shape)}"
+        )
+
+
+def class_of_each_map(target: object, indices: Tensor | None, maps: tuple[int, ...]) -> None:
+    if indices is None or tuple(indices.shape) != maps:
+        raise ValueError(f"target must hold a class for each map, {maps}, got {target!r}")
+
+
+def overlay(images: Tensor, maps: Tensor, alpha: object, colormap: object, known: Collection[str]) -> None:
+    """Rules of `overlay(images, maps, alpha, colormap)` but for the values of the tensors."""
+    if not isinstance(colormap, str) or colormap not in known:
+        raise ValueError(f"colormap must be one that matplotlib knows, got {colormap!r}")
+    _number("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+    dense("images", images)
+    if images.dtype not in (*DTYPES, torch.uint8):
+        raise TypeError(f"images must be float16, bfloat16, float32, float64 or uint8, got {images.dtype}")
+    _floating("maps", maps)
+    n, size = images.shape[:-3], images.shape[-2:]
+    several = maps.dim() == images.dim()
+    if (
+        images.dim() not in (3, 4)
+        or images.shape[-3] != 3
+        or maps.shape != (*n, *maps.shape[len(n) :][:several], *size)
+    ):
+        raise ValueError(
+            "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W), or without N, "
+            f"got {tuple(images.shape)} and {tuple(maps.shape)}"
+        )
+
+
+def zero_to_one(name: str, low: float, high: float, hint: str = "") -> None:
+    """For the least and the largest of some values."""
+    if not (low >= 0 and high <= 1):  # nor NaN
+        raise ValueError(f"{name} must be from 0 to 1{hint}, got {low:.3g} to {high:.3g}")

@@ -11,6 +11,7 @@ import importlib.resources
 import math
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +129,16 @@ def _read(path: Path | None) -> Image.Image:
     """The picture as RGB, upright, with sides that are multiples of 4 up to MAX_SIDE."""
     source = path or importlib.resources.files(__package__) / "data" / PHOTOGRAPH
     try:
-        with source.open("rb") as file, Image.open(file) as encoded:
-            picture = _rgb(ImageOps.exif_transpose(encoded))
+        with warnings.catch_warnings(), source.open("rb") as file:
+            warnings.simplefilter("ignore")  # of large pictures, damaged metadata; too large ones are an error
+            with Image.open(file) as encoded:
+                picture = _rgb(ImageOps.exif_transpose(encoded))
     except Image.UnidentifiedImageError as error:
         raise _UserError(f"cannot read {source}: not a picture that Pillow knows") from error
     except OSError as error:
         raise _UserError(f"cannot read {source}: {error.strerror or error}") from error
     except Exception as error:  # the decoders raise errors of many types on broken files
-        raise _UserError(f"cannot read {source}: {error}") from error
+        raise _UserError(f"cannot read {source}: {error or type(error).__name__}") from error
     if min(picture.size) < MIN_SIDE:
         width, height = picture.size
         raise _UserError(f"{source} is too small: {width} x {height} pixels, needs {MIN_SIDE} a side")
@@ -144,7 +147,7 @@ def _read(path: Path | None) -> Image.Image:
 
 def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # 16 bits, 32 bits or float, of whatever range
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0)
         values = values - values.min()
         picture = Image.fromarray((values * (255 / (values.max() or 1))).round().astype(np.uint8))
     if picture.has_transparency_data:

@@ -119,10 +119,8 @@ class _Explainer:
         self._layers = _capture.find_layers(model, layers)
         self._model = model
         self._single = isinstance(layers, nn.Module | str)
-        if fuse not in (None, "mean"):
-            raise ValueError(f"fuse must be None or 'mean', got {fuse!r}")
-        if layout not in (None, *_capture.LAYOUTS):
-            raise ValueError(f"layout must be one of {', '.join(_capture.LAYOUTS)} or None, got {layout!r}")
+        _checks.fuse(fuse)
+        _checks.layout(layout)
         _checks.non_negative("eps", eps)
         self._fuse = fuse
         self._grid = _checks.map_size(grid, "grid")
@@ -162,12 +160,9 @@ class _Explainer:
             RuntimeError: in `torch.inference_mode()`; a layer that does not run, or on which no score depends; a model
                 of `torch.compile` that has run, whose code does not look for hooks any more: pass the original.
         """
-        wanted = _checks.map_size(size) or _capture.image_size(inputs)
-        if wanted is None:
-            raise ValueError(
-                "size must be given unless one of the inputs is a batch of images (N, C, H, W), "
-                f"got {_capture.described(inputs)}"
-            )
+        _checks.flags(relu=relu, normalize=normalize)
+        _checks.chunk_size(chunk_size)
+        wanted = _capture.map_size(size, inputs)
         explanations = self._explain(inputs, target, wanted, relu, normalize, chunk_size)
         if self._fuse == "mean":
             return _fused(explanations, wanted, relu, normalize)
@@ -259,6 +254,7 @@ class AblationCAM(_Explainer):
         progress: bool = False,
     ) -> None:
         super().__init__(model, layers, fuse=fuse, grid=grid, layout=layout)
+        _checks.flags(reuse_trunk=reuse_trunk, progress=progress)
         self._batch_size = _checks.integer("batch_size", batch_size, 1)
         self._reuse_trunk = reuse_trunk
         self._progress = progress
@@ -353,31 +349,15 @@ def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "j
         import matplotlib
     except ImportError as error:
         raise ImportError("overlay needs matplotlib, which the extra [explain] of dlu-triton installs") from error
-    if colormap not in matplotlib.colormaps:
-        raise ValueError(f"colormap must be one that matplotlib knows, got {colormap!r}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
-    for name, value in (("images", images), ("maps", maps)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    n, size = images.shape[:-3], images.shape[-2:]
+    _checks.overlay(images, maps, alpha, colormap, matplotlib.colormaps)
     several = maps.dim() == images.dim()
-    if (
-        images.dim() not in (3, 4)
-        or images.shape[-3] != 3
-        or maps.shape != (*n, *maps.shape[len(n) :][:several], *size)
-    ):
-        raise ValueError(
-            "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W), or without N, "
-            f"got {tuple(images.shape)} and {tuple(maps.shape)}"
-        )
     pixels = images.movedim(-3, -1).double().numpy(force=True) / (255 if images.dtype == torch.uint8 else 1)
     if several:
         pixels = pixels[..., None, :, :, :]
     values = maps.double().numpy(force=True)
     for name, array in (("images", pixels), ("maps", values)):
-        if array.size and not (array.min() >= 0 and array.max() <= 1):  # nor NaN
+        if array.size:
             hint = " (undo the normalisation of the model)" if name == "images" else ""
-            raise ValueError(f"{name} must be from 0 to 1{hint}, got {array.min():.3g} to {array.max():.3g}")
+            _checks.zero_to_one(name, array.min(), array.max(), hint)
     colours = matplotlib.colormaps[colormap](values)[..., :3]
     return np.round(255 * ((1 - alpha) * pixels + alpha * colours)).astype(np.uint8)

@@ -36,7 +36,7 @@ def conservation(explanation: Explanation) -> Tensor:
 
     Maps of Grad-CAM++, LayerCAM and Ablation-CAM are not meant to sum to the score, and err by construction.
     """
-    _one_layer(explanation)
+    _checks.explanation(explanation, Explanation)
     score = explanation.scores.to(explanation.contributions.dtype)
     return _relative((score - explanation.contributions.sum(-1)).abs(), score.abs())
 
@@ -48,21 +48,11 @@ def sensitivity(explanation: Explanation, drops: Tensor) -> Tensor:
         explanation: of the same model, layer, inputs and target as the drops.
         drops: (N, [K,] C) of `channel_drops`.
     """
-    _one_layer(explanation)
+    _checks.explanation(explanation, Explanation)
     contributions = explanation.contributions
-    if drops.shape != contributions.shape:
-        raise ValueError(f"drops must have the shape of the contributions, {tuple(contributions.shape)}, "
-                         f"got {tuple(drops.shape)}")  # fmt: skip
+    _checks.drops(drops, contributions)
     drops = drops.to(contributions.dtype)
     return _relative((drops - contributions).abs().sum(-1), drops.abs().sum(-1))
-
-
-def _one_layer(explanation: Explanation) -> None:
-    if not isinstance(explanation, Explanation):
-        raise TypeError(
-            f"explanation must be an Explanation, of one layer, got {type(explanation).__name__}; "
-            "a FusedExplanation has those of its layers in `layers`"
-        )
 
 
 def channel_drops(
@@ -88,12 +78,15 @@ def channel_drops(
     Raises:
         ValueError: batch normalisation or dropout is in training mode, or an argument does not fit.
     """
+    _checks.flags(reuse_trunk=reuse_trunk, progress=progress)
+    _checks.layout(layout)
+    places = _checks.map_size(grid, "grid")
     drops, *_ = _capture.channel_drops(
         model,
         _capture.one_layer(model, layer),
         inputs,
         target,
-        lambda shape: _capture.planes(shape, _capture.image_size(inputs), _checks.map_size(grid, "grid"), layout),
+        lambda shape: _capture.planes(shape, _capture.image_size(inputs), places, layout),
         batch_size=_checks.integer("batch_size", batch_size, 1),
         reuse_trunk=reuse_trunk,
         progress=progress,
@@ -125,8 +118,8 @@ def score_decomposition(
     Raises:
         ValueError: batch normalisation or dropout is in training mode.
     """
-    _capture.require_evaluation(model)
     found = _capture.one_layer(model, layer)
+    _capture.require_evaluation(model)
     followers = {
         name: module
         for name, module in model.named_modules()
@@ -189,6 +182,7 @@ def pointing_hit(maps: Tensor, boxes: Tensor, tolerance: int = 0) -> Tensor:
         tolerance: pixels by which the boxes are widened on every side; the published game has 15.
     """
     tolerance = _checks.integer("tolerance", tolerance, 0)
+    _checks.maps_and_boxes(maps, boxes)
     inside = _inside(maps, boxes, tolerance)
     flat = maps.flatten(-2)
     peak = flat.argmax(-1, keepdim=True)
@@ -201,6 +195,7 @@ def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
     Maps and boxes are those of `pointing_hit`; negative values count as zero, and a map without a positive value has
     none of its energy anywhere.
     """
+    _checks.maps_and_boxes(maps, boxes)
     energy = maps.clamp(min=0)
     total = energy.sum((-2, -1))
     return (energy * _inside(maps, boxes, 0)).sum((-2, -1)) / total.masked_fill(total == 0, torch.inf)
@@ -208,12 +203,7 @@ def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
 
 def _inside(maps: Tensor, boxes: Tensor, tolerance: int) -> Tensor:
     """Which pixels of the maps are in their boxes: bool, like the maps."""
-    leading = tuple(maps.shape[:-2])
-    if boxes.shape[-1:] != (4,) or tuple(boxes.shape[:-1])[: len(leading)] != leading or (
-        boxes.dim() - 1 - len(leading) not in (0, 1)
-    ):  # fmt: skip
-        raise ValueError(f"boxes must be {(*leading, 4)} or {(*leading, 'B', 4)}, got {tuple(boxes.shape)}")
-    if boxes.dim() == len(leading) + 1:
+    if boxes.dim() == maps.dim() - 1:
         boxes = boxes.unsqueeze(-2)
     x0, y0, x1, y1 = boxes.to(maps.device).unbind(-1)  # (..., B)
     real = ((x1 > x0) & (y1 > y0))[..., None, None]
@@ -251,19 +241,16 @@ def confidence_change(model: nn.Module, inputs: Tensor, maps: Tensor, target: Te
         maps: (N, H, W) or (N, K, H, W), from 0 to 1.
         target: class indices (N,) or (N, K).
     """
+    _checks.model(model)
+    _checks.confidence_change(inputs, maps)
     several = maps.dim() == 4
     n, k = maps.shape[0], maps.shape[1] if several else 1
-    expected = (n, k, *inputs.shape[-2:]) if several else (n, *inputs.shape[-2:])
-    if inputs.dim() != 4 or inputs.shape[0] != n or tuple(maps.shape) != expected:
-        raise ValueError(f"maps must be (N, H, W) or (N, K, H, W) for inputs {tuple(inputs.shape)}, "
-                         f"got {tuple(maps.shape)}")  # fmt: skip
     output = model(inputs)
     rule = _capture.resolve(target, output, n)
-    if rule.indices is None or rule.indices.shape != maps.shape[: 1 + several]:
-        raise ValueError(f"target must hold a class for each map, {tuple(maps.shape[: 1 + several])}, got {target!r}")
+    _checks.class_of_each_map(target, rule.indices, tuple(maps.shape[: 1 + several]))
     indices = rule.indices.view(n, k)
-    before = output.softmax(1).gather(1, indices)
+    before = _capture.logits_of(output).softmax(1).gather(1, indices)
     masked = (inputs.unsqueeze(1) * maps.view(n, k, 1, *maps.shape[-2:])).flatten(0, 1).to(inputs.dtype)
-    after = model(masked).softmax(1).gather(1, indices.view(n * k, 1)).view(n, k)
+    after = _capture.logits_of(model(masked)).softmax(1).gather(1, indices.view(n * k, 1)).view(n, k)
     drop, increase = (before - after).clamp(min=0) / before, after > before
     return ConfidenceChange(drop, increase) if several else ConfidenceChange(drop.squeeze(1), increase.squeeze(1))

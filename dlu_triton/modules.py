@@ -107,6 +107,7 @@ class DLUPack(_Pack):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
+        _checks.pack_input(x, self.channels)
         compressed = self.channel_compressor(x)
         kernel_space = self.kernel_space_generator(compressed)
         offsets = self.conv_offset(compressed)
@@ -150,5 +151,6 @@ class CARAFEPack(_Pack):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
+        _checks.pack_input(x, self.channels)
         logits = self.content_encoder(self.channel_compressor(x))
         return carafe_upsample(x, logits, self.scale_factor, self.up_kernel, self.up_group)

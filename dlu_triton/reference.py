@@ -199,7 +199,8 @@ def _channel_weights(a: Tensor, g: Tensor, total: Tensor, method: str, eps: floa
     if method == "gradcam":
         return g.mean((3, 4))
     square = g * g
-    return (g.relu() * _ratio(square, 2 * square + total[..., None, None] * square * g + eps)).sum((3, 4))
+    cubes = (total[..., None, None] * square * g).masked_fill(square == 0, 0)  # also where the plane is infinite
+    return (g.relu() * _ratio(square, 2 * square + cubes + eps)).sum((3, 4))
 
 
 def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -671,22 +672,20 @@ def train_all(options: argparse.Namespace) -> None:
     print(f"\nEvery figure: {options.out / FIGURES}\nTables: {options.out / TABLE}\nPlot: {options.out / PICTURE}")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-positive.__name__ = "positive number"  # in argparse's message
+def integer(text: str, low: int) -> int:
+    if not text.isdecimal() or int(text) < low or len(text) > 15:
+        raise argparse.ArgumentTypeError(f"must be an integer of at most 15 digits and at least {low}, got {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_upsampler", description=__doc__.splitlines()[0])
     parser.add_argument("--scales", type=int, nargs="+", choices=SCALES, default=[2, 4, 8], help="of the upsampling")
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a run of each")
-    parser.add_argument("--steps", type=positive, default=STEPS, help=f"of a run; {STEPS} by default")
+    parser.add_argument(
+        "--seeds", type=partial(integer, low=0), nargs="+", default=[0, 1, 2, 3, 4], help="a run of each"
+    )
+    parser.add_argument("--steps", type=partial(integer, low=1), default=STEPS, help=f"of a run; {STEPS} by default")
     parser.add_argument(
         "--out", type=Path, default=Path("dlu_train"), help="folder of the results, dlu_train by default"
     )
@@ -694,12 +693,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         train_all(options)
+        sys.stdout.flush()
     except UserError as mistake:
         print(f"train_upsampler: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train_upsampler: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read has left, as `head` does; files are written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
+        return 1
     return 0
 
 

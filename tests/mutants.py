@@ -792,7 +792,7 @@ MUTANTS = (
     ),
     Mutant(
         "reference: eps beside the quotient", REFERENCE,
-        "total[..., None, None] * square * g + eps))", "total[..., None, None] * square * g) + eps)",
+        "_ratio(square, 2 * square + cubes + eps))", "_ratio(square, 2 * square + cubes) + eps)",
         ("test_golden.py::test_golden_class_activation_map",),
     ),
     Mutant(
@@ -843,7 +843,7 @@ MUTANTS = (
     ),
     Mutant(
         "eps outside the quotient", CAM_KERNELS,
-        "square * g + tl.full([], EPS, ACC))", "square * g) + tl.full([], EPS, ACC)",
+        "cubes + tl.full([], EPS, ACC))", "cubes) + tl.full([], EPS, ACC)",
         ("test_golden.py::test_golden_class_activation_map",),
     ),
     Mutant("Grad-CAM++ without ReLU", CAM_KERNELS, "_relu(g) * _ratio", "g * _ratio", ("test_cam.py::test_by_hand",)),

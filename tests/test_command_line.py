@@ -1,8 +1,14 @@
 """`python -m dlu_triton`, the paths that calls take, and what an import must not do."""
 
+import errno
 import os
+import re
+import signal
+import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,12 +87,166 @@ def test_complexity_without_the_interpreter():
     assert process.stdout.count("The claim holds.") == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("verify", "extra"), ("complexity", "--channels", "0")])
-def test_wrong_arguments_print_usage(arguments):
-    process = run("-m", "dlu_triton", *arguments)
-    assert process.returncode == 2
-    assert process.stderr.startswith("usage: python -m dlu_triton")
+# ---------------------------------------------------------------------------------------------------------------
+# What a user gets wrong
+# ---------------------------------------------------------------------------------------------------------------
 
+# arguments, exit status, last line on stderr; {here} is a folder of broken things
+MISTAKES = [
+    ([], 2, "python -m dlu_triton: error: the following arguments are required: COMMAND"),
+    (["nonsense"], 2, "python -m dlu_triton: error: argument COMMAND: invalid choice: 'nonsense' (choose from verify, demo, explain, complexity)"),
+    (["verify", "extra"], 2, "python -m dlu_triton: error: unrecognized arguments: extra"),
+    (["verify", "--channels", "3"], 2, "python -m dlu_triton: error: unrecognized arguments: --channels 3"),
+    (["complexity", "--channels", "0"], 2, "python -m dlu_triton complexity: error: argument --channels: the number must be from 1 to 1000000, got 0"),
+    (["complexity", "--channels", "-8"], 2, "python -m dlu_triton complexity: error: argument --channels: the number must be from 1 to 1000000, got -8"),
+    (["complexity", "--channels", "9" * 20], 2, f"python -m dlu_triton complexity: error: argument --channels: the number must be from 1 to 1000000, got {'9' * 20}"),
+    (["complexity", "--channels", "2.5"], 2, "python -m dlu_triton complexity: error: argument --channels: the number must be an integer, got '2.5' of type str"),
+    (["complexity", "--channels"], 2, "python -m dlu_triton complexity: error: argument --channels: expected one argument"),
+    (["demo", "one.png", "two.png"], 2, "python -m dlu_triton: error: unrecognized arguments: two.png"),
+    (["demo", "--out"], 2, "python -m dlu_triton demo: error: argument --out: expected one argument"),
+    (["demo", "{here}/nothing.png"], 1, "dlu_triton demo: error: cannot read {here}/nothing.png: No such file or directory"),
+    (["demo", "{here}"], 1, "dlu_triton demo: error: cannot read {here}: Is a directory"),
+    (["demo", "{here}/text.png/below.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png/below.png: Not a directory"),
+    (["demo", "{here}/text.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png: not a picture that Pillow knows"),
+    (["demo", "{here}/empty.png"], 1, "dlu_triton demo: error: cannot read {here}/empty.png: not a picture that Pillow knows"),
+    (["demo", "{here}/part.png"], 1, "dlu_triton demo: error: cannot read {here}/part.png: image file is truncated"),
+    (["demo", "{here}/huge.png"], 1, "dlu_triton demo: error: cannot read {here}/huge.png: Image size (2500000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack."),
+    (["demo", "{here}/pixel.png"], 1, "dlu_triton demo: error: {here}/pixel.png is too small: 1 x 1 pixels, needs 64 a side"),
+    (["demo", "{here}/row.png"], 1, "dlu_triton demo: error: {here}/row.png is too small: 500 x 1 pixels, needs 64 a side"),
+    (["demo", "{here}/two\nlines.png"], 1, "dlu_triton demo: error: cannot read {here}/two lines.png: No such file or directory"),
+    (["demo", "--out", "{here}/text.png"], 1, "dlu_triton demo: error: cannot write to folder {here}/text.png: File exists"),
+    (["demo", "--out", "{here}/text.png/out"], 1, "dlu_triton demo: error: cannot write to folder {here}/text.png/out: Not a directory"),
+    (["demo", "--out", "{here}/" + "x" * 300], 1, "dlu_triton demo: error: cannot write to folder {here}/" + "x" * 300 + ": File name too long"),
+    (["explain", "--out", "{here}/text.png"], 1, "dlu_triton explain: error: cannot write to folder {here}/text.png: File exists"),
+    (["explain", "image.png"], 2, "python -m dlu_triton: error: unrecognized arguments: image.png"),
+]  # fmt: skip
+
+
+def picture_of(width, height):
+    """A PNG of this size, without its pixels."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
+    packed = [struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "text.png").write_text("not a picture\n")
+    (folder / "empty.png").touch()
+    (folder / "huge.png").write_bytes(picture_of(50000, 50000))
+    image = pytest.importorskip("PIL.Image")
+    for name, size in (("part", (100, 100)), ("pixel", (1, 1)), ("row", (500, 1))):
+        image.effect_noise(size, 64).save(folder / f"{name}.png")
+    (folder / "part.png").write_bytes((folder / "part.png").read_bytes()[:-4000])
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), MISTAKES)
+def test_mistakes(arguments, status, message, here, monkeypatch, capsys):
+    """One line, and no traceback; wrong arguments print the usage before it."""
+    pytest.importorskip("tqdm")
+    if arguments[:1] == ["explain"]:
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("sklearn")
+    monkeypatch.setattr("dlu_triton._launch.INTERPRETED", False)  # as in the process that the demos run in
+    try:
+        found = __main__.main([argument.replace("{here}", str(here)) for argument in arguments])
+    except SystemExit as error:
+        found = error.code
+    printed = capsys.readouterr()
+    *before, last = printed.err.splitlines()
+    if sys.version_info < (3, 12):
+        last = re.sub(r"'(\w+)'(?=[,)])", r"\1", last)  # of the choices
+    assert (found, last) == (status, message.replace("{here}", str(here)))
+    assert printed.out == ""
+    assert [line for line in before if not line.startswith(("usage: python -m dlu_triton", " "))] == []
+    assert bool(before) == (status == 2)
+
+
+@pytest.mark.parametrize("command", ("demo", "explain"))
+def test_a_picture_that_may_not_be_read_or_a_folder_that_may_not_be_made(command, monkeypatch, capsys, tmp_path):
+    """As the system says it, of whatever kind; permissions do not bind the user that tests may run as."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("sklearn" if command == "explain" else "PIL")
+
+    def deny(self, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr("dlu_triton._launch.INTERPRETED", False)
+    monkeypatch.setattr(Path, "mkdir", deny)
+    assert __main__.main([command, "--out", str(tmp_path / "out")]) == 1
+    expected = f"dlu_triton {command}: error: cannot write to folder {tmp_path / 'out'}: Permission denied\n"
+    assert capsys.readouterr().err == expected
+    if command == "demo":
+        monkeypatch.setattr(Path, "open", deny)
+        assert __main__.main([command, str(tmp_path / "a.png")]) == 1
+        expected = f"dlu_triton demo: error: cannot read {tmp_path / 'a.png'}: Permission denied\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_help_tells_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        __main__.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Exit status: 0; 1 if a check fails" in printed
+    assert "130 after Ctrl-C." in printed
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 1), (130, 130), (-9, 137)])
+def test_the_status_of_the_process_for_the_interpreter_is_passed_on(status, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("dlu_triton._launch.INTERPRETED", False)
+    monkeypatch.setattr(subprocess, "run", lambda command, env: subprocess.CompletedProcess(command, status))
+    assert __main__.main(["verify"]) == expected
+    said = capsys.readouterr().err
+    assert said == ("dlu_triton verify: error: stopped by signal 9\n" if status < 0 else "")
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("where", ("a pipe that nobody reads", "a full disk"))
+def test_output_that_cannot_be_written(where):
+    command = [sys.executable, "-m", "dlu_triton", "complexity"]
+    if where == "a full disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("no device is full")
+        with open("/dev/full", "w") as output:
+            process = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+        assert process.stderr == "dlu_triton: error: cannot write the output: No space left on device\n"
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert process.stderr == ""
+    assert process.returncode == 1
+
+
+@posix
+def test_interrupted():
+    """In the process that was started and in the one that it starts, as a terminal does it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dlu_triton", "verify"],
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not process.stdout.readline().startswith("operator"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Paths and imports
+# ---------------------------------------------------------------------------------------------------------------
 
 PROBE = """
 import torch, dlu_triton

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 Image = pytest.importorskip("PIL.Image")
@@ -81,6 +82,24 @@ def test_transparent_palette(tmp_path):
     assert _demo._read(tmp_path / "picture.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_values_that_are_not_finite(tmp_path, recwarn):
+    """As in maps of depths; they are taken for zero."""
+    values = np.linspace(0, 1, 100, dtype=np.float32) * np.ones((72, 1), np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "picture.tiff")
+    picture = _demo._read(tmp_path / "picture.tiff")
+    assert [picture.getpixel((x, 0))[0] for x in (0, 1, 2, 99)] == [0, 0, 0, 255]
+    assert not recwarn.list
+
+
+def test_large_pictures_are_read_without_a_warning(monkeypatch, tmp_path, recwarn):
+    """Below twice what Pillow calls a bomb."""
+    gradient(size=(100, 100)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    assert _demo._read(tmp_path / "picture.png").size == (100, 100)
+    assert not recwarn.list
+
+
 def test_rotated(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -122,6 +141,16 @@ def test_out_is_a_file(error, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write" in error(None, tmp_path / "file")
     assert "cannot write" in error(None, tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device is full")
+def test_the_disk_is_full(monkeypatch, capsys, tmp_path):
+    gradient(size=(64, 64)).save(tmp_path / "picture.png")
+    (tmp_path / _demo.RESULT).symlink_to("/dev/full")
+    monkeypatch.setattr(_demo, "METHODS", {name: _demo.METHODS[name] for name in ("Nearest", "Bilinear")})
+    assert _demo.run(tmp_path / "picture.png", tmp_path, steps=4) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"dlu_triton demo: error: cannot write {tmp_path / _demo.RESULT}: ")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")

@@ -293,6 +293,12 @@ def test_network_cannot_be_written(error, tmp_path):
     assert "cannot write" in error(tmp_path)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device is full")
+def test_the_disk_is_full(error, tmp_path):
+    (tmp_path / _explain_demo.NETWORK).symlink_to("/dev/full")
+    assert f"cannot write {tmp_path / _explain_demo.NETWORK}: " in error(tmp_path)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")
 def test_out_is_read_only(error, tmp_path):
     tmp_path.chmod(0o500)

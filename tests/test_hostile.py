@@ -665,6 +665,7 @@ def planes(size, dtype, device, n=2, k=3, c=4):
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(n, c, *size, generator=generator, dtype=torch.float64).abs() + 0.1
     gradients = torch.randn(n, k, c, *size, generator=generator, dtype=torch.float64)
+    gradients[..., 0, 1] = 0
     return activations.to(device, dtype), gradients.to(device, dtype)
 
 

@@ -589,9 +589,28 @@ def test_missing_extra(missing, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", (["--steps", "0"], ["--scales", "3"], ["--methods", "bicubic"], ["--seeds", "x"], ["--seeds"])
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "must be an integer of at most 15 digits and at least 1, got '0'"),
+        (["--seeds", "x"], "must be an integer of at most 15 digits and at least 0, got 'x'"),
+        (["--seeds", "-1"], "must be an integer of at most 15 digits and at least 0, got '-1'"),
+        (["--seeds", "9" * 20], f"must be an integer of at most 15 digits and at least 0, got '{'9' * 20}'"),
+        (["--seeds"], "expected at least one argument"),
+        (["--scales", "3"], "invalid choice: 3 "),
+        (["--methods", "bicubic"], "invalid choice: 'bicubic' "),
+    ],
 )
-def test_arguments_that_are_none(arguments, capsys):
+def test_arguments_that_are_none(arguments, message, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         example.main(arguments)
-    assert f"argument {arguments[0]}" in capsys.readouterr().err
+    assert f"error: argument {arguments[0]}: {message}" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads(monkeypatch):
+    def left(options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(example, "train_all", left)
+    with open(os.devnull, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert example.main([]) == 1

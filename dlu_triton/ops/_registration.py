@@ -1,6 +1,7 @@
 """What the operators share: how each is registered with PyTorch, differentiated, and which way a call of it takes."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from .. import _launch
+from .. import _checks, _launch
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,6 +38,9 @@ class Operator:
         fake: what `launch` returns, uninitialised.
         twin: the same in plain PyTorch.
         traced: the same in operators that compilers and exporters do well with; the twin, if not given.
+        check: raises for arguments of the registered op that do not fit. Public functions have checked theirs before
+            they call the operator; the registered op can be called by anybody, and is in exported programs. Its fake
+            checks devices alone, since sizes there may be symbols, which a check would tie to a number.
         tensors: how many arguments are tensors.
         gradients: computes the derivatives by kernels: takes the gradient of the one output, all arguments and a flag
             per tensor, and returns a list of the gradients of the flagged tensors. Its own derivatives, and those of
@@ -50,19 +54,27 @@ class Operator:
         fake: Callable[..., Any],
         twin: Callable[..., Any],
         *,
+        check: Callable[..., object],
         tensors: int,
         traced: Callable[..., Any] | None = None,
         gradients: Callable[..., list[Tensor]] | None = None,
     ) -> None:
         self.launch, self.twin, self.traced, self.tensors, self._fake = launch, twin, traced or twin, tensors, fake
+        self._check = check
+        self._parameters = list(inspect.signature(launch).parameters)
         self.gradients: Operator | None = None
         if gradients is not None:
             self.gradients = Operator(
-                f"{name}_backward", gradients, self._fake_gradients, self._gradients_of_twin, tensors=1 + tensors
+                f"{name}_backward",
+                gradients,
+                self._fake_gradients,
+                self._gradients_of_twin,
+                check=self._check_gradients,
+                tensors=1 + tensors,
             )
         self.name = name
         registered = torch.library.custom_op(f"dlu_triton::{name}", self._as_registered(launch), mutates_args=())
-        registered.register_fake(fake)
+        registered.register_fake(self._fake_registered)
         registered.register_autograd(self._differentiate, setup_context=self._keep)
         registered.register_vmap(self._fold_registered)
         if not _launch.INTERPRETED:
@@ -105,7 +117,8 @@ class Operator:
         return self.op(*arguments)
 
     def _as_registered(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """What computes the registered op: PyTorch would take it for a constant in forward mode."""
+        """What computes the registered op, of arguments that fit: PyTorch would take it for a constant in forward
+        mode."""
 
         @functools.wraps(compute)
         def run(*arguments: Any) -> Any:
@@ -113,9 +126,17 @@ class Operator:
                 raise NotImplementedError(
                     f"torch.ops.dlu_triton.{self.name} has no forward-mode derivative; dlu_triton's functions have one"
                 )
+            self._check(*arguments)
+            _checks.kernel_device(self._parameters[0], arguments[0])
             return compute(*arguments)
 
         return run
+
+    def _check_gradients(self, grad_output: Tensor, *arguments: Any) -> None:
+        """Of an upsampler, whose first tensor is the one that it upsamples."""
+        self._check(*arguments[: -self.tensors])
+        scale_factor = arguments[self._parameters.index("scale_factor")]
+        _checks.upstream(self.gradients._parameters[0], grad_output, self._parameters[0], arguments[0], scale_factor)
 
     def _forward(self, *arguments: Any) -> Any:
         """Inside a Function: nothing is differentiated or transformed any more."""
@@ -149,6 +170,13 @@ class Operator:
     def _gradients_of_twin(self, grad_output: Tensor, *arguments: Any) -> Sequence[Tensor]:
         n = self.tensors
         return _pull_back(self.twin, arguments[:n], arguments[n:-n], arguments[-n:], (grad_output,))
+
+    def _fake_registered(self, *arguments: Any) -> Any:
+        """PyTorch takes it for real tensors too, if there is a meta tensor among them."""
+        first, *others = zip(self._parameters, arguments[: self.tensors], strict=False)
+        for other in others:
+            _checks.same_device(*other, *first)
+        return self._fake(*arguments)
 
     def _fake_gradients(self, grad_output: Tensor, *arguments: Any) -> list[Tensor]:
         pairs = zip(arguments[: self.tensors], arguments[-self.tensors :], strict=True)

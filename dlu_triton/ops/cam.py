@@ -185,6 +185,7 @@ class_activation_map_op = _registration.Operator(
         activations, gradients, method, size, wants_channels
     ),
     _eager_parts,
+    check=_checks.class_activation_map_op,
     tensors=2,
 )
 weighted_activation_map_op = _registration.Operator(
@@ -194,6 +195,7 @@ weighted_activation_map_op = _registration.Operator(
         activations, weights, "xgradcam", size, wants_channels=False
     )[0],
     _eager_weighted,
+    check=_checks.weighted_activation_map_op,
     tensors=2,
 )
 
