@@ -5,6 +5,7 @@ python examples/train_upsampler.py && cp dlu_train/train.json bench/results/
 python -m pytest bench --full --benchmark-only --benchmark-json bench/results/gpu.json  # where there is a GPU
 python -m pytest bench --benchmark-only --benchmark-json bench/results/cpu.json  # where there is none
 python -m pytest bench/test_host.py --benchmark-only --benchmark-json bench/results/host.json  # on either
+python bench/errors.py  # on either
 python bench/report.py
 
 README gets a summary; the tables of every case are bench/results/gpu.md and cpu.md. The GPU's results may be shards of
@@ -819,6 +820,47 @@ def explanations(root: Path) -> str:
     return "\n".join(lines)
 
 
+ERRORS = RESULTS / "errors-gpu.json", RESULTS / "errors-interpreted.json"
+# Columns of the table of errors, by what a result is called.
+UPSAMPLED = {
+    "output": "output",
+    "gradient of features": "features",
+    "of kernels": "kernel_space masks logits",
+    "of offsets": "offsets",
+}
+MAPPED = {"map": "output", "gradient of activations": "activations", "of gradients": "gradients"}
+
+
+def accuracy(root: Path, *, allow_dirty: bool) -> str:
+    """The largest errors against float64, of kernels and of eager PyTorch."""
+    path = next((path for path in ERRORS if root.joinpath(path).exists()), None)
+    if path is None:
+        return "Not measured yet:\n\n    python bench/errors.py && python bench/report.py"
+    figures = Fields(str(path), json.loads(root.joinpath(path).read_text()))
+    machine, rows = Fields(str(path), figures["machine"]), figures["errors"]
+    if not allow_dirty and (machine["commit"] is None or machine["dirty"]):
+        raise ValueError(f"{path} must be measured at a commit, got {machine['commit']!r}: commit, then measure again")
+    where = machine["gpu"] or "Triton's interpreter on a CPU, **not a GPU's arithmetic**"
+    cases = sum(row["cases"] for row in rows)
+    parts = [
+        f"{where}: torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit'][:12]}, "
+        f"`{path}`. Largest errors of {cases} results, in units of the largest value of each, beside (those of eager "
+        "PyTorch in the same type):"
+    ]
+    for title, columns in (("upsampling", UPSAMPLED), ("maps", MAPPED)):
+        chosen = [row for row in rows if (row["operator"] == "class_activation_map") == (title == "maps")]
+        table = []
+        for dtype in dict.fromkeys(row["dtype"] for row in chosen):
+            cells = [f"{title}, {dtype}"]
+            for results in columns.values():
+                those = [row for row in chosen if row["dtype"] == dtype and row["result"] in results.split()]
+                error, eager = (max(row[name] for row in those) for name in ("error", "eager"))
+                cells.append(f"{error:.1e} ({eager:.1e})")
+            table.append(cells)
+        parts.append(markdown(["", *columns], table, 1))
+    return "\n\n".join(parts)
+
+
 def read_training(root: Path, *, allow_dirty: bool) -> dict[str, Any] | None:
     """What the example measured, if it was; ValueError unless that was at a commit."""
     path = RESULTS / train_upsampler.FIGURES
@@ -989,7 +1031,7 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     trained = read_training(root, allow_dirty=allow_dirty)
     readme = root.joinpath("README.md").read_text()
     blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "host": host(on_host)}
-    blocks["train"] = training(trained)
+    blocks |= {"train": training(trained), "errors": accuracy(root, allow_dirty=allow_dirty)}
     for name, text in blocks.items():
         block = f"<!-- {name}: bench/report.py -->\n\n{text}\n\n<!-- end -->"
         readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)

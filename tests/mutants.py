@@ -1217,8 +1217,8 @@ MUTANTS = (
         ("test_metrics.py::test_confidence_change",),
     ),
     # Argument rules
-    Mutant("lower bound left out", CHECKS, "number < low or", "number < low - 1 or", ("test_checks.py::test_sizes",)),
-    Mutant("upper bound left out", CHECKS, "number > high)", "number > high + 1)", ("test_checks.py::test_sizes",)),
+    Mutant("lower bound left out", CHECKS, "number < low or", "number < low - 1 or", ("test_checks.py::test_bad_input",)),
+    Mutant("upper bound left out", CHECKS, "number > high)", "number > high + 1)", ("test_checks.py::test_bad_input",)),
     Mutant(
         "largest kernel refused", CHECKS,
         "MAX_KERNEL_SIZE = 9", "MAX_KERNEL_SIZE = 8",
@@ -1236,14 +1236,14 @@ MUTANTS = (
     ),
     Mutant(
         "empty columns", CHECKS,
-        "if 0 in value.shape[1:]:", "if 0 in value.shape[1:3]:",
+        "if not (c and h and w):", "if not (c and h):",
         ("test_operators.py::test_sizes_beside_those_that_are_allowed",),
     ),
     Mutant(
         "float64 beside float32", CHECKS,
         "(value.dtype == torch.float64) != (other.dtype == torch.float64)",
         "(value.dtype == torch.float64) < (other.dtype == torch.float64)",
-        ("test_checks.py::test_maps",),
+        ("test_checks.py::test_bad_input",),
     ),
     Mutant(
         "eps of zero refused", CHECKS,

@@ -34,7 +34,7 @@ MACHINE = {
     "dirty": False,
 }
 SELECTION = {"name": "full", "shard": [1, 1], "failed": 0, "keyword": ""}
-BLOCKS = ("explain", "gpu", "cpu", "host", "train")
+BLOCKS = ("explain", "gpu", "cpu", "host", "train", "errors")
 SIZES = ((2, 8, 4, 5), (2, 8, 8, 10), (2, 8, 16, 20))
 
 
@@ -694,6 +694,49 @@ def test_training_on_a_cpu(root):
     report.main([], root)
     assert "In training," not in block(root, "cpu")
     assert "Necks, and steps" not in cases(root, "cpu")
+
+
+def write_errors(root, name="errors-gpu.json", **machine):
+    """Two upsamplers and maps, in one type."""
+    rows = [("carafe", "output", 1), ("carafe", "features", 2), ("carafe", "masks", 3), ("expand_kernels", "output", 4)]
+    rows += [("expand_kernels", "kernel_space", 0.5), ("expand_kernels", "offsets", 6)]
+    rows += [("class_activation_map", name, 7) for name in ("output", "activations", "gradients")]
+    fields = ("operator", "result", "error")
+    errors = [
+        dict(zip(fields, row, strict=True)) | {"dtype": "float32", "eager": 10 * row[2], "cases": 11} for row in rows
+    ]
+    figures = {"machine": MACHINE | machine, "errors": errors}
+    root.joinpath(report.RESULTS, name).write_text(json.dumps(figures))
+
+
+def test_errors(root):
+    report.main([], root)
+    assert "python bench/errors.py" in block(root, "errors")
+    write_errors(root)
+    write_errors(root, "errors-interpreted.json", gpu=None)
+    report.main([], root)
+    text = block(root, "errors")
+    assert text.splitlines()[2].startswith(
+        "Made-up GPU: torch 5.6, Triton 7.8, commit 0123456789ab, `bench/results/errors-gpu.json`."
+    )
+    assert "Largest errors of 99 results" in text
+    first, second = (table(text[text.index(f"\n|  | {column}") :]) for column in ("output", "map"))
+    assert [list(row.values()) for row in first] == [
+        ["upsampling, float32", "4.0e+00 (4.0e+01)", "2.0e+00 (2.0e+01)", "3.0e+00 (3.0e+01)", "6.0e+00 (6.0e+01)"]
+    ]
+    assert second[0]["map"] == "7.0e+00 (7.0e+01)"
+
+
+def test_errors_of_no_commit_are_refused(root):
+    write_errors(root, "errors-interpreted.json", gpu=None, dirty=True)
+    with pytest.raises(ValueError, match=r"^bench/results/errors-interpreted\.json must be measured at a commit, got"):
+        report.main([], root)
+    report.main(["--allow-dirty"], root)
+    assert (
+        block(root, "errors")
+        .splitlines()[2]
+        .startswith("Triton's interpreter on a CPU, **not a GPU's arithmetic**: torch")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
