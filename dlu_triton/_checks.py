@@ -11,7 +11,9 @@ from torch import Tensor, nn
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_KERNEL_SIZE = 9
 MAX_SCALE_FACTOR = 16
-MAX_MAP_PIXELS = 2**31 - 2**12  # of one plane or map; kernels number them, and a block beyond, in 32 bits
+MAX_SIZE = 2**31 - 2**12  # kernels number channels, rows and columns, and a block beyond, in 32 bits
+MAX_MAP_PIXELS = MAX_SIZE  # of one plane or map of class activation maps, likewise
+MAX_PROGRAMS = 2**31 - 1
 WEIGHING_METHODS = ("xgradcam", "gradcam", "gradcam++")  # one weight per channel
 CAM_METHODS = (*WEIGHING_METHODS, "hirescam", "layercam", "elementwise")
 LAYOUTS = ("NCHW", "NHWC", "NTC")  # of a layer's output
@@ -104,6 +106,21 @@ def kernel_device(name: str, value: Tensor) -> None:
     if value.device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(
             f"{name} must be on a cuda or cpu device, got {value.device}; dlu_triton.reference runs on any device"
+        )
+
+
+def launch(programs: int, *tensors: Tensor) -> None:
+    """Rules of what a kernel is launched on, which also what was traced at other sizes has to keep to."""
+    for tensor in tensors:
+        if max(tensor.shape[1:]) > MAX_SIZE:
+            raise ValueError(
+                f"maps must have at most {MAX_SIZE} channels, rows and columns, upsampled ones too, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"a batch must take at most {MAX_PROGRAMS} programs of a kernel, as parts of it may, got {programs} "
+            f"for {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
         )
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _checks
+
 # Fixed when Triton is first imported, as it decides what `triton.jit` returns.
 INTERPRETED: bool = not isinstance(tl.cdiv, triton.JITFunction)
 if triton.knobs.runtime.interpret != INTERPRETED:
@@ -107,6 +109,7 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *setting
     with launching(tensors[0]):
         if INTERPRETED:
             kernel, programs, arguments, constants = prepare(tensors, *settings)
+            _checks.launch(programs, *tensors)
             kernel[(programs,)](*arguments, **constants)
             return
         described = [(t.shape, t.stride(), t.dtype, t.data_ptr() % 16) for t in tensors]
@@ -119,6 +122,7 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor, ...], *setting
             repeat.run(*arguments)
             return
         kernel, programs, arguments, constants = prepare(tensors, *settings)
+        _checks.launch(programs, *tensors)
         compiled = kernel[(programs,)](*arguments, **constants)
         arguments = (*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
         slots = tuple(slot for slot, argument in enumerate(arguments) if isinstance(argument, Tensor))
@@ -441,7 +445,9 @@ def strip_steps(columns: int, steps: int) -> int:
     def time(strips: int) -> int:
         return cdiv(columns * strips, PROGRAMS_AT_A_TIME) * (cdiv(steps, strips) + 1)
 
-    return cdiv(steps, min(range(1, steps + 1), key=time))
+    few = range(1, math.isqrt(steps) + 2)
+    strips = {*few, *(cdiv(steps, length) for length in few)}  # the fewest of each length
+    return cdiv(steps, min(sorted(strips), key=time))
 
 
 def _most_outputs(kernel_size: int, itemsize: int) -> int:
@@ -556,8 +562,11 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, in
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def index_dtype(*tensors: Tensor | None) -> tl.dtype:
-    """Type of offsets inside an image: 32 bits unless there may be as many elements, gaps included."""
+def index_dtype(*tensors: Tensor | None, furthest: int = 0) -> tl.dtype:
+    """Type of offsets inside an image: 32 bits unless there may be as many elements, gaps included, or an offset that a
+    kernel takes from elsewhere is as large."""
+    if furthest >= MOST_32_BIT_OFFSETS:
+        return tl.int64
     for tensor in tensors:
         if tensor is not None and tensor.untyped_storage().nbytes() >= MOST_32_BIT_OFFSETS * tensor.element_size():
             sizes, strides = tensor.shape[1:], tensor.stride()[1:]

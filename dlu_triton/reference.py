@@ -259,5 +259,5 @@ def cells(position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     inside = (position > 0) & (position < size - 1)
     clamped = torch.where(inside, position, position.detach().clamp(0, size - 1))
     low = clamped.detach().nan_to_num().floor()
-    cell = low.long()
+    cell = low.long().clamp(max=size - 1)  # float32 rounds sizes beyond 2^24, perhaps up
     return cell, (cell + 1).clamp(max=size - 1), clamped - low

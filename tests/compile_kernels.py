@@ -99,6 +99,8 @@ CORNERS = [
     (torch.float32, "contiguous", 2, 9, 1, 256),
     (torch.float64, "contiguous", 2, 9, 1, 64),
     (torch.float64, "contiguous", 3, 7, 2, 64),
+    (torch.bfloat16, "huge", 2, 5, 1, 64),  # offsets of 64 bits
+    (torch.float32, "huge, channels_last", 2, 5, 1, 64),
 ]
 
 # dtype, layout, classes, channels, height, width of class activation maps
@@ -127,9 +129,9 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
 
     def meta(c, h, w, dtype=dtype):
         x = torch.empty(2, c, h, w, dtype=dtype, device="meta")
-        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+        return x.contiguous(memory_format=torch.channels_last) if "channels_last" in layout else x
 
-    h, w = (25, 41) if layout == "odd sizes" else (48, 80)
+    h, w = {"odd sizes": (25, 41), "huge": (2**13, 2**14), "huge, channels_last": (2**13, 2**14)}.get(layout, (48, 80))
     kernel_dtype = torch.float32 if layout == "float32 kernels" else dtype
     s, k, g = scale_factor, kernel_size, groups
     features, output = meta(channels, h, w), meta(channels, s * h, s * w)

@@ -505,18 +505,18 @@ MUTANTS = (
     Mutant(
         "64 bits by batch", LAUNCH,
         "sizes, strides = tensor.shape[1:], tensor.stride()[1:]", "sizes, strides = tensor.shape, tensor.stride()",
-        ("test_operators.py::test_which_images_take_64_bits",),
+        ("test_sizes.py::test_which_images_take_64_bits",),
     ),
     Mutant(
         "64 bits by elements instead of distances", LAUNCH,
         "if sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) >= MOST",
         "if math.prod(sizes) >= MOST",
-        ("test_operators.py::test_which_images_take_64_bits",),
+        ("test_sizes.py::test_which_images_take_64_bits",),
     ),
     Mutant(
         "64 bits never", LAUNCH,
         "                return tl.int64", "                return tl.int32",
-        ("test_operators.py::test_which_images_take_64_bits",),
+        ("test_sizes.py::test_which_images_take_64_bits",),
     ),
     Mutant(
         "rows of odd width read in pairs", LAUNCH,

@@ -133,17 +133,6 @@ def test_forward_at_tiles_and_widths(scale_factor, width, channels, channels_las
     assert output.stride() == eager.stride()
 
 
-@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("operator", _verify.OPERATORS)
-def test_offsets_of_64_bits(operator, channels_last, device, monkeypatch):
-    """What huge images take, forced on a small one."""
-    monkeypatch.setattr(_launch, "MOST_32_BIT_OFFSETS", 0)
-    _launch.forget_launches()
-    case = Case("", batch=2, channels=24, height=3, width=8, groups=2, channels_last=channels_last)
-    assert_within_bounds(operator, case, torch.float32, device)
-    _launch.forget_launches()
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), **by_name)
 def test_which_maps_are_read_in_pairs(dtype):
     """What no value shows: those of even width and strides, where columns are innermost."""
@@ -166,20 +155,6 @@ def test_which_maps_are_read_in_pairs(dtype):
     assert aligned(meta(8, 10)[..., :8]) == 2
     assert aligned(meta(8, 11)[..., :8]) == 0
     assert aligned(meta(8, 12)[..., :7]) == 0
-
-
-def test_which_images_take_64_bits():
-    """Only those whose own elements are as far apart, however large the batch or the storage behind a view."""
-    whole = torch.empty(3, 2**10, 2**10, 2**11, dtype=torch.bool, device="meta")
-    for tensor, wide in (
-        (whole, True),
-        (whole[:, :512], False),
-        (whole[:, ::2], True),
-        (whole[:, :, :, :512], True),
-        (whole[:1, :1], False),
-        (torch.empty(2**12, 2**10, 2**10, 1, dtype=torch.bool, device="meta"), False),
-    ):
-        assert (_launch.index_dtype(None, tensor) == tl.int64) == wide, tensor.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -291,7 +291,8 @@ def _map_pixels(
 def _corner(index, size, out_size, ACC: tl.constexpr):
     """The last output before source pixel index // 2, or for odd numbers the first one from there on."""
     boundary = (index // 2).to(ACC)
-    first = tl.ceil((boundary + 0.5) * _divide(out_size.to(ACC), size.to(ACC), ACC) - 0.5).to(tl.int32)
+    first = tl.ceil((boundary + 0.5) * _divide(out_size.to(ACC), size.to(ACC), ACC) - 0.5)
+    first = tl.minimum(first, out_size.to(ACC)).to(tl.int32)  # half a pixel beyond may be beyond 32 bits
     return tl.minimum(tl.maximum(first - 1 + index % 2, 0), out_size - 1)
 
 
@@ -314,7 +315,7 @@ def cam_finish(
     raw_ptr += cam * pixels
     map_ptr += cam * outputs
     start = tile * outputs_per_program
-    stop = min(start + outputs_per_program, outputs)
+    stop = start + min(outputs_per_program, outputs - start)  # never beyond 32 bits
 
     if partials_ptr is not None:
         first_pixel, last_pixel = 0, pixels

@@ -108,6 +108,9 @@ def _backward_features_launch(
     slices = _launch.cdiv(c // groups, block)
     steps = _launch.strip_steps(columns * slices, steps)
     tiles_h = _launch.cdiv(h, steps * strip.STEP_H)
+    # Pieces may begin before the first output, and offsets are from there.
+    last_of_piece = (c - 1, strip.BLOCK_H - 1, strip.BLOCK_W - 1)
+    furthest = sum(last * stride for last, stride in zip(last_of_piece, grad_output.stride()[1:], strict=True))
     arguments = (
         grad_output, *layout.strides,
         *_taps(kernels, offsets, groups),
@@ -119,7 +122,7 @@ def _backward_features_launch(
         INNER=layout.INNER, UNIT=layout.UNIT, GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT,
         RUN=math.gcd(c // groups, block), TAPS_INNER="" if offsets is not None else _launch.taps_inner(kernels),
         LOGITS=logits, SCALE=scale_factor, KERNEL=kernel_size, TAPS=_launch.padded_taps(kernel_size),
-        **strip._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors),
+        **strip._asdict(), BLOCK_C=block, INDEX=_launch.index_dtype(*tensors, furthest=furthest),
         ROUND=_launch.triton_dtype(dtype), **_launch.product_types(dtype, precision),
         **_launch.options(warps, tile.registers),
     )  # fmt: skip

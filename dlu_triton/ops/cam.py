@@ -22,6 +22,7 @@ def _channels(
     classes = gradients.shape[1]
     tile = _launch.plane_tile(activations, gradients)
     slices = _launch.cdiv(c, tile.channels)
+    _checks.launch(n * classes * slices, activations)
     with _launch.launching(activations):
         _cam_kernels.cam_channels[(n * classes * slices,)](
             *_launch.plane(activations),
@@ -53,6 +54,7 @@ def _partial_maps(
     partials = (
         raw.unsqueeze(2) if slices == 1 else torch.empty((n, classes, slices, h, w), dtype=raw.dtype, device=raw.device)
     )
+    _checks.launch(n * classes * tiles * slices, activations)
     with _launch.launching(activations):
         _cam_kernels.cam_partial_maps[(n * classes * tiles * slices,)](
             *_launch.plane(activations),
@@ -75,6 +77,7 @@ def _finish(
     height, width = cam.shape[2:]
     tiles, per_program = _launch.finishing_tiles(n * classes, height * width, slices, channels)
     corners = 4 * (h + 1) * (w + 1) < height * width
+    _checks.launch(n * classes * tiles, cam)
     with _launch.launching(partials):
         _cam_kernels.cam_finish[(n * classes * tiles,)](
             None if slices == 1 else partials, raw, cam,

@@ -1,0 +1,585 @@
+"""Sizes: from empty batches and single pixels to beyond 2^31 elements, programs and bytes.
+
+Nothing that is huge is computed as a whole in the interpreter. Memory is committed where it is touched, and of a launch
+of millions of programs the first and the last run; or the strides alone are huge.
+"""
+
+import contextlib
+import math
+import mmap
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import INTERPRETED
+from triton.runtime import interpreter
+
+import dlu_triton
+from dlu_triton import _checks, _launch, _verify, reference
+from dlu_triton._verify import Case
+from dlu_triton.ops import cam as cam_ops
+from dlu_triton.ops import carafe as carafe_ops
+from dlu_triton.ops import dlu as dlu_ops
+
+in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="memory of a GPU is committed as a whole")
+FAR = 2**31 - 16  # fits 32 bits, as arguments of kernels may, and three of them pass 2^32
+
+
+def lazy(elements, dtype):
+    """Zeros in memory that is committed page by page, where it is written."""
+    size = elements * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no {size} bytes of address space: {error}")
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def far_apart(x, axis, stride=FAR, before=0):
+    """The values of x, whose neighbours along an axis are so many elements apart, with zeros `before` them."""
+    strides = list(x.stride())
+    strides[axis] = stride
+    extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True))
+    return lazy(before + extent, x.dtype).as_strided(x.shape, strides, before).copy_(x)
+
+
+def assert_within_bounds(operator, case, dtype, device):
+    for name, found in _verify.compare(operator, case, dtype, device).items():
+        assert found.passed, f"{name}: kernel {found.kernel:.2e}, eager {found.eager:.2e}, bound {found.bound:.2e}"
+
+
+def assert_same(found, expected, **tolerance):
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda t, name=name: f"{name}: {t}")
+
+
+@contextlib.contextmanager
+def deterministic(wanted=True):
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Offsets beyond 32 bits: by strides
+# ---------------------------------------------------------------------------------------------------------------
+
+AXES = pytest.mark.parametrize("axis", range(4), ids=("image", "channel", "row", "column"))
+PASSES = [(operator, False) for operator in _verify.OPERATORS] + [("dlu_upsample", True), ("expand_kernels", True)]
+
+
+@triton.jit
+def multiply(products_ptr, factor, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(products_ptr + index, (index * factor).to(tl.int64))
+    tl.store(products_ptr + BLOCK + index, index.to(tl.int64) * factor)
+
+
+def test_products_of_32_bits_wrap(device):
+    """Also in the interpreter, which so shows what is too narrow."""
+    products = torch.zeros(8, dtype=torch.int64, device=device)
+    multiply[(1,)](products, 2**30, BLOCK=4)
+    assert products.tolist() == [0, 2**30, -(2**31), -(2**30), 0, 2**30, 2**31, 3 * 2**30]
+
+
+def check_far_apart(operator, axis, channels_last, is_deterministic, monkeypatch):
+    """All arguments and gradients lie so; outputs have no gaps."""
+    sizes = {"batch": 3} if axis == 0 else {"channels": 6, "groups": 2}
+    case = Case("", **{"channels": 3, **sizes}, height=3, width=4, kernel_size=3, channels_last=channels_last)
+    arguments = _verify.inputs(operator, case, torch.float32, "cpu")
+    expected = _verify.results(_verify.function(operator, case, eager=True), arguments)
+    far = {name: far_apart(value, axis) for name, value in arguments.items()}
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: far_apart(empty_like(x), axis))
+    with deterministic(is_deterministic):
+        found = _verify.results(_verify.function(operator, case, eager=False), far)
+    assert_same(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(found[name].stride(axis) == FAR for name in arguments if name != "grad_output")
+
+
+@in_the_interpreter
+@AXES
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_neighbours_that_are_far_apart(operator, axis, monkeypatch):
+    check_far_apart(operator, axis, False, False, monkeypatch)
+
+
+@pytest.mark.long
+@in_the_interpreter
+@AXES
+@pytest.mark.parametrize(
+    ("operator", "is_deterministic", "channels_last"),
+    [(*each, True) for each in PASSES] + [(*each, False) for each in PASSES if each[1]],
+)
+def test_neighbours_that_are_far_apart_in_every_way(operator, is_deterministic, channels_last, axis, monkeypatch):
+    check_far_apart(operator, axis, channels_last, is_deterministic, monkeypatch)
+
+
+# Of two outputs along an axis, which pieces of eight rows or 32 columns reach from before the first.
+PIECES = pytest.mark.parametrize(
+    ("axis", "height", "width", "channels_last", "dtype"),
+    [(2, 1, 3, True, torch.bfloat16), (3, 3, 1, False, torch.float32)],
+    ids=("row", "column"),
+)
+
+
+@in_the_interpreter
+@PIECES
+@pytest.mark.parametrize("operator", ("dlu_upsample", "carafe", "carafe_upsample"))
+def test_pieces_that_begin_before_a_map(operator, axis, height, width, channels_last, dtype):
+    """The gradient of the features takes outputs from before the first one on: several of two neighbours, although
+    their image fits 32 bits."""
+    case = Case("", channels=2, height=height, width=width, channels_last=channels_last)
+    stride = _launch.MOST_32_BIT_OFFSETS - 64
+    arguments = _verify.inputs(operator, case, dtype, "cpu")
+    expected = _verify.results(_verify.function(operator, case, eager=True), arguments)
+    arguments["grad_output"] = far_apart(arguments["grad_output"], axis, stride, before=2**36)
+    assert _launch.index_dtype(arguments["grad_output"]) == tl.int32
+    found = _verify.results(_verify.function(operator, case, eager=False), arguments)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_same(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_offsets_of_64_bits(operator, channels_last, device, monkeypatch):
+    """What huge images take, forced on a small one."""
+    monkeypatch.setattr(_launch, "MOST_32_BIT_OFFSETS", 0)
+    _launch.forget_launches()
+    case = Case("", batch=2, channels=24, height=3, width=8, groups=2, channels_last=channels_last)
+    assert_within_bounds(operator, case, torch.float32, device)
+    _launch.forget_launches()
+
+
+def test_which_images_take_64_bits():
+    """Only those whose own elements are as far apart, however large the batch or the storage behind a view."""
+    whole = torch.empty(3, 2**10, 2**10, 2**11, dtype=torch.bool, device="meta")
+    for tensor, wide in (
+        (whole, True),
+        (whole[:, :512], False),
+        (whole[:, ::2], True),
+        (whole[:, :, :, :512], True),
+        (whole[:1, :1], False),
+        (torch.empty(2**12, 2**10, 2**10, 1, dtype=torch.bool, device="meta"), False),
+    ):
+        assert (_launch.index_dtype(None, tensor) == tl.int64) == wide, tensor.shape
+
+
+CAM_AXES = pytest.mark.parametrize("axis", (0, -3, -2, -1), ids=("image", "channel", "row", "column"))
+
+
+@in_the_interpreter
+@CAM_AXES
+@pytest.mark.parametrize("method", _checks.CAM_METHODS)
+@pytest.mark.parametrize(
+    ("height", "width"), [(3, 4), pytest.param(33, 65, marks=pytest.mark.long)], ids=("small", "large")
+)
+def test_planes_that_are_far_apart(method, height, width, axis):
+    """Of one program each, or of several; activations, and gradients of some classes."""
+    n = 3 if axis == 0 else 1
+    activations = torch.randn(n, 3, height, width, dtype=torch.float64).relu()
+    gradients = torch.randn(n, 2, 3, height, width, dtype=torch.float64)
+    assert _launch.plane_tile(activations, gradients).whole == (height == 3)
+    expected = reference.class_activation_parts(activations, gradients, method, size=(5, 5))
+    far = far_apart(activations, axis), far_apart(gradients, axis)
+    found = dlu_triton.class_activation_parts(*far, method, size=(5, 5))
+    assert_same(found._asdict(), expected._asdict())
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("axis", range(3), ids=("image", "class", "channel"))
+def test_weights_that_are_far_apart(axis):
+    activations, weights = torch.randn(3, 3, 3, 4), torch.randn(3, 3, 3)
+    expected = reference.weighted_activation_map(activations, weights)
+    found = dlu_triton.weighted_activation_map(far_apart(activations, 0), far_apart(weights, axis))
+    torch.testing.assert_close(found, expected)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("method", ("xgradcam", "layercam"))
+def test_classes_that_are_far_apart(method):
+    activations, gradients = torch.randn(1, 3, 3, 4), torch.randn(1, 3, 3, 3, 4)
+    expected = reference.class_activation_parts(activations, gradients, method)
+    found = dlu_triton.class_activation_parts(activations, far_apart(gradients, 1), method)
+    assert_same(found._asdict(), expected._asdict())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Beyond 2^31 elements: by sizes, of which the ends are computed
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Only the first and the last programs of a launch run, as many of each, on memory committed where it is written;
+    the list fills with names and programs of the launches."""
+    launched, chosen = [], []
+    builder, call = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+    start, number = builder.set_grid_dim, builder.set_grid_idx
+
+    def run(self, *arguments, **constants):
+        (programs,) = self.grid
+        few = min(AT_EACH_END, programs)
+        chosen[:] = sorted({*range(few), *range(programs - few, programs)})
+        launched.append((self.fn.__name__, programs))
+        self.grid = (len(chosen),)
+        return call(self, *arguments, **constants)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    monkeypatch.setattr(builder, "set_grid_dim", lambda x, *others: start(launched[-1][1], *others))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, *others: number(chosen[x], *others))
+    # One step a program: where a strip is long, the interpreter takes minutes.
+    monkeypatch.setattr(_launch, "strip_steps", lambda columns, steps: 1)
+
+    def empty(*shape, dtype=torch.float32, device=None, memory_format=torch.contiguous_format):
+        assert memory_format == torch.contiguous_format
+        shape = shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape
+        return lazy(max(math.prod(shape), 1), dtype)[: math.prod(shape)].view(shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype))
+    return launched
+
+
+AT_EACH_END = 3  # programs
+# Along each axis: type and sizes of the case, and how many of these at each end hold anything but zeros. Past 2^24
+# columns, float64 has coordinates with fractions.
+HUGE = {
+    "image": (torch.float32, 0, 1, Case("", batch=2**26, channels=2, height=3, width=3, kernel_size=3)),
+    "group": (torch.float32, 1, 1, Case("", channels=5 * 10**7, groups=5 * 10**7, height=2, width=3, kernel_size=3)),
+    "row": (torch.float32, 2, 2, Case("", channels=24, height=2**23 - 64, width=3, kernel_size=9)),
+    "column": (torch.float64, 3, 2, Case("", channels=24, height=1, width=2**26 - 64, kernel_size=9)),
+}
+SIZES = ("batch", "groups", "height", "width")
+
+
+def ends_of(operator, dtype, axis, count, case):
+    """Arguments of the first and of the last few images, groups, rows or columns: what is beyond `count` is zero."""
+    few = 1 if axis < 2 else count + 8
+    sizes = {SIZES[axis]: few, **({"channels": few} if axis == 1 else {})}
+    small = replace(case, **sizes)
+    first = _verify.inputs(operator, small, dtype, "cpu")
+    if "offsets" in first:  # coordinates are exact
+        first["offsets"] = ((first["offsets"] * 2).round() / 2).clamp(-1.5, 1.5)
+    last = {name: value.flip(0, 1, 2, 3) for name, value in first.items()}
+    for arguments, keep in ((first, slice(0, count)), (last, slice(few - count, few))):
+        for value in arguments.values():
+            parts = value.unflatten(axis, (few, value.shape[axis] // few))
+            kept = parts.narrow(axis, keep.start, count).clone()
+            parts.zero_().narrow(axis, keep.start, count).copy_(kept)
+    return small, first, last
+
+
+def check_huge(operator, name, is_deterministic, launched, monkeypatch):
+    dtype, axis, count, case = HUGE[name]
+    small, first, last = ends_of(operator, dtype, axis, count, case)
+    size = getattr(case, SIZES[axis])
+    few = getattr(small, SIZES[axis])
+    arguments = {}
+    for argument, value in first.items():
+        shape = list(value.shape)
+        shape[axis] = shape[axis] // few * size
+        arguments[argument] = lazy(math.prod(shape), value.dtype).view(shape)
+        arguments[argument].narrow(axis, 0, value.shape[axis]).copy_(value)
+        arguments[argument].narrow(axis, shape[axis] - value.shape[axis], value.shape[axis]).copy_(last[argument])
+
+    def largest(grad_masks, groups):
+        """A bound, of what only the ends hold."""
+        bounds = lazy(grad_masks.shape[0] * groups, dtype).view(-1, groups)
+        bounds[:1, :1], bounds[-1:, -1:] = 1e3, 1e3
+        return bounds
+
+    monkeypatch.setattr(dlu_ops, "_largest", largest)
+    with deterministic(is_deterministic):
+        found = _verify.results(_verify.function(operator, case, eager=False), arguments)
+    assert max(value.numel() for value in found.values()) > 2**31
+    for end, part in ((first, 0), (last, -1)):
+        expected = _verify.results(_verify.function(operator, small, eager=True), end)
+        for result, value in expected.items():
+            kept = value.shape[axis] // few * count
+            start = 0 if part == 0 else value.shape[axis] - kept
+            huge_start = 0 if part == 0 else found[result].shape[axis] - kept
+            value, here = value.narrow(axis, start, kept), found[result].narrow(axis, huge_start, kept)
+            assert value.any()
+            torch.testing.assert_close(
+                here, value, rtol=1e-4, atol=1e-4, msg=lambda text, result=result, part=part: f"{result} {part}: {text}"
+            )
+    assert max(programs for _, programs in launched) > 2**20
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_ends_of_huge_maps(operator, name, ends, monkeypatch):
+    check_huge(operator, name, False, ends, monkeypatch)
+
+
+@pytest.mark.long
+@in_the_interpreter
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("operator", ("dlu_upsample", "expand_kernels"))
+def test_ends_of_huge_maps_where_sums_are_integers(operator, name, ends, monkeypatch):
+    check_huge(operator, name, True, ends, monkeypatch)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("axis", (0, 1), ids=("image", "class"))
+@pytest.mark.parametrize("method", ("gradcam++", "layercam"))
+def test_ends_of_many_planes(method, axis, ends):
+    """Maps, raw maps and contributions, of more than 2^31 elements each."""
+    count, c = 2**27, 20
+    few = (3, 1) if axis == 0 else (1, 3)
+    maps = (count, 1) if axis == 0 else (1, count)
+    activations = torch.randn(few[0], c, 5, 5, dtype=torch.float64).float().relu()
+    gradients = torch.randn(*few, c, 5, 5)
+    huge = lazy(count * c * 25, torch.float32).view(*maps, c, 5, 5)
+    many = lazy(maps[0] * c * 25, torch.float32).view(maps[0], c, 5, 5)
+    for whole, part in ((huge, gradients), (many, activations)):
+        along = axis if part is gradients else 0
+        whole.narrow(along, 0, part.shape[along]).copy_(part)
+        whole.narrow(along, whole.shape[along] - part.shape[along], part.shape[along]).copy_(part)
+    found = dlu_triton.class_activation_parts(many, huge, method, size=(7, 6), normalize=True)
+    expected = reference.class_activation_parts(activations, gradients, method, size=(7, 6), normalize=True)
+    for name in ("map", "raw", "contributions"):
+        whole, part = getattr(found, name), getattr(expected, name)
+        assert whole.numel() > 2**31
+        torch.testing.assert_close(whole.narrow(axis, 0, 3), part, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole.narrow(axis, count - 3, 3), part, rtol=1e-4, atol=1e-5)
+    assert {name for name, programs in ends} == {"cam_partial_maps", "cam_finish"}
+
+
+LARGEST = (4096, 524287)  # as many pixels as a map may have
+assert math.prod(LARGEST) == _checks.MAX_MAP_PIXELS
+
+
+@in_the_interpreter
+def test_ends_of_the_largest_plane(ends, monkeypatch):
+    monkeypatch.setattr(_launch, "FINISHING_BLOCKS", {**_launch.FINISHING_BLOCKS, "BLOCK_O": 2**20})
+    activations, gradients = (lazy(2 * math.prod(LARGEST), torch.float16).view(1, 2, *LARGEST) for _ in range(2))
+    for planes in (activations, gradients):
+        planes[:, :, 0, :2000] = torch.randn(1, 2, 2000)
+        planes[:, :, -1, -2000:] = torch.randn(1, 2, 2000)
+    found = dlu_triton.class_activation_map(activations, gradients, "hirescam", relu=False)
+    for row, columns in ((0, slice(0, 2000)), (-1, slice(-2000, None))):
+        expected = (activations[:, :, row, columns].float() * gradients[:, :, row, columns].float()).sum(1)
+        torch.testing.assert_close(found[:, row, columns], expected)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("size", [LARGEST, (1, _checks.MAX_MAP_PIXELS), (_checks.MAX_MAP_PIXELS, 1)], ids=str)
+@pytest.mark.filterwarnings("error:invalid value encountered in cast")
+def test_ends_of_the_largest_map(size, ends, monkeypatch):
+    monkeypatch.setattr(_launch, "FINISHING_BLOCKS", {**_launch.FINISHING_BLOCKS, "BLOCK_O": 2**20})
+    activations = torch.tensor([[[[3.0, 1.0], [2.0, 7.0]]]])
+    if 1 in size:
+        activations = activations.flatten(2).unsqueeze(2 if size[0] == 1 else 3)
+    found = dlu_triton.weighted_activation_map(activations, torch.ones(1, 1), size=size, normalize=True)
+    assert found.numel() == _checks.MAX_MAP_PIXELS
+    corners = (activations - 1) / 6
+    for y in (0, -1):
+        for x in (0, -1):
+            torch.testing.assert_close(found[0, y, x], corners[0, 0, y, x])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is launched on huge tensors: types of offsets, grids, and what is refused
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Name, grid and arguments of launches, of which none runs."""
+    launches = []
+
+    class Launched:
+        """What Triton returns, and is launched again."""
+
+        def __getitem__(self, grid):
+            return lambda *arguments: None
+
+    def record(self, *arguments, grid=None, warmup=None, **constants):
+        function = self.fn if INTERPRETED else self
+        names = dict(zip(self.arg_names, arguments, strict=False))
+        launches.append((function.__name__, self.grid if INTERPRETED else grid, names | constants))
+        return Launched()
+
+    launcher, method = (interpreter.GridExecutor, "__call__") if INTERPRETED else (triton.JITFunction, "run")
+    monkeypatch.setattr(launcher, method, record)
+    monkeypatch.setattr(_launch, "_repeats", {})
+    return launches
+
+
+def meta_arguments(operator, case, dtype=torch.bfloat16):
+    """As `_verify.inputs` has them, on the meta device."""
+    n, c, h, w, s, g = (getattr(case, name) for name in ("batch", "channels", *SIZES[2:], "scale_factor", "groups"))
+    taps = g * case.kernel_size**2
+    shapes = {
+        "features": (n, c, h, w), "kernel_space": (n, taps, h, w), "offsets": (n, 2 * g * s * s, h, w),
+        "masks": (n, taps, s * h, s * w), "logits": (n, taps * s * s, h, w),
+    }  # fmt: skip
+    names = {
+        "dlu_upsample": ("features", "kernel_space", "offsets"), "expand_kernels": ("kernel_space", "offsets"),
+        "carafe": ("features", "masks"), "carafe_upsample": ("features", "logits"),
+    }[operator]  # fmt: skip
+    arguments = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in names}
+    channels = taps if operator == "expand_kernels" else c
+    grad_output = torch.empty(n, channels, s * h, s * w, dtype=dtype, device="meta")
+    return {"grad_output": grad_output, **arguments}
+
+
+def launch_both(operator, case, arguments):
+    """Forward and backward pass, and the latter with integer sums."""
+    grad_output, *tensors = arguments.values()
+    s, k, g = case.scale_factor, case.kernel_size, case.groups
+    sizes = (k, g, s) if operator == "carafe" else (s, k, g)
+    ops = carafe_ops if operator.startswith("carafe") else dlu_ops
+    op = getattr(ops, f"{operator}_op")
+    op.launch(*tensors, *sizes)
+    for wanted in (False, True):
+        with deterministic(wanted):
+            op.gradients.launch(grad_output, *tensors, *sizes, *(True for _ in tensors))
+
+
+MANY = 70_000  # more than the 65535 that the second and third dimension of a grid may have
+LONG = (
+    Case("images", batch=MANY, channels=1, height=1, width=1),
+    Case("channels", channels=MANY, height=1, width=1),
+    Case("groups", channels=MANY, groups=MANY, height=1, width=1),
+    Case("rows", channels=1, height=MANY, width=1),
+    Case("columns", channels=1, height=1, width=MANY),
+    Case("most programs", batch=_checks.MAX_PROGRAMS, channels=1, height=1, width=1, scale_factor=1, kernel_size=1),
+    Case("most rows", channels=1, height=_checks.MAX_SIZE // 16, width=1, scale_factor=16, kernel_size=1),
+    Case("most columns", channels=1, height=1, width=_checks.MAX_SIZE, scale_factor=1, kernel_size=1),
+    Case("most channels", channels=_checks.MAX_SIZE, height=1, width=1, kernel_size=1),
+)
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_grids_have_one_dimension(operator, case, recorded):
+    launch_both(operator, case, meta_arguments(operator, case))
+    assert recorded
+    for name, grid, _ in recorded:
+        assert len(grid) == 1, name
+        assert 0 < grid[0] <= _checks.MAX_PROGRAMS, name
+
+
+@pytest.mark.parametrize("shape", [(MANY, 1, 2, 3, 3), (1, MANY, 2, 3, 3), (1, 1, MANY, 1, 1), (1, 1, 2, MANY, 1)])
+@pytest.mark.parametrize("method", _checks.CAM_METHODS)
+def test_grids_of_maps_have_one_dimension(method, shape, recorded):
+    gradients = torch.empty(shape, device="meta")
+    arguments = gradients[:, 0], gradients, method, 1e-6, True, (300, 300), True, True
+    cam_ops.class_activation_map_op.launch(*arguments)
+    cam_ops.weighted_activation_map_op.launch(gradients[:, 0], gradients[..., 0, 0], True, None, False)
+    assert all(len(grid) == 1 and 0 < grid[0] <= _checks.MAX_PROGRAMS for _, grid, _ in recorded)
+
+
+@pytest.mark.parametrize(
+    ("case", "wide"),
+    [
+        (Case("a huge image", channels=64, height=2**13, width=2**13), True),
+        (Case("many images", batch=2**20, channels=64, height=16, width=16), False),
+    ],
+    ids=("a huge image", "many images"),
+)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_offsets_are_as_wide_as_an_image(operator, case, wide, recorded):
+    launch_both(operator, case, meta_arguments(operator, case))
+    assert {arguments["INDEX"] for _, _, arguments in recorded} == {tl.int64 if wide else tl.int32}
+
+
+@pytest.mark.parametrize("axis", (1, 2, 3), ids=("channel", "row", "column"))
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_offsets_are_as_wide_as_each_argument(operator, axis, recorded):
+    """Every launch that takes the one tensor with huge strides."""
+    case = Case("", channels=8, height=4, width=6)
+    arguments = meta_arguments(operator, case)
+    for name, tensor in arguments.items():
+        strides = list(tensor.stride())
+        strides[axis] = FAR
+        far = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
+        recorded.clear()
+        launch_both(operator, case, {**arguments, name: far})
+        found = [arguments for _, _, arguments in recorded if any(each is far for each in arguments.values())]
+        assert found, name
+        assert all(arguments["INDEX"] == tl.int64 for arguments in found), name
+
+
+@PIECES
+def test_pieces_that_begin_before_a_map_take_64_bits(axis, height, width, channels_last, dtype, recorded):
+    """Whose offsets count from their own beginning, whatever the map is."""
+    case = Case("", channels=8, height=height, width=width)
+    arguments = meta_arguments("carafe", case, dtype)
+    grad_output = arguments["grad_output"]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    strides = list(grad_output.contiguous(memory_format=layout).stride())
+    strides[axis] = 2**30
+    arguments["grad_output"] = torch.empty_strided(grad_output.shape, strides, dtype=dtype, device="meta")
+    assert _launch.index_dtype(arguments["grad_output"]) == tl.int32
+    launch_both("carafe", case, arguments)
+    found = {name: arguments["INDEX"] for name, _, arguments in recorded}
+    assert found == {
+        "reassemble_forward": tl.int32, "reassemble_backward_kernels": tl.int32,
+        "reassemble_backward_features": tl.int64,
+    }  # fmt: skip
+
+
+TOO_MUCH = [
+    (Case("", batch=2**31, channels=1, height=1, width=1), "a batch must take at most 2147483647 programs of a kernel"),
+    (Case("", channels=1, height=2**27, width=1, scale_factor=16), "got shape (1, 1, 2147483648, 16)"),
+    (Case("", channels=1, height=1, width=2**30 - 2**11 + 1, scale_factor=2), "got shape (1, 1, 2, 2147479554)"),
+    (Case("", channels=2**31 - 2**12 + 1, height=1, width=1), "got shape (1, 2147479553, "),
+]
+
+
+@pytest.mark.parametrize(("case", "message"), TOO_MUCH)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_what_is_too_much_is_refused(operator, case, message, recorded):
+    case = replace(case, kernel_size=1)
+    if operator == "expand_kernels" and case.channels > 1:
+        case, message = replace(case, groups=case.channels), "channels, rows and columns"
+    arguments = meta_arguments(operator, case)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        launch_both(operator, case, arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2**16, 2**15, 1, 1, 1), "a batch must take at most 2147483647 programs of a kernel, as parts of it may, got"),
+        ((1, 2**31, 1, 1, 1), "a batch must take at most 2147483647 programs of a kernel, as parts of it may, got"),
+        ((1, 1, 2**31, 1, 1), "maps must have at most 2147479552 channels, rows and columns, upsampled ones too, got"),
+    ],
+)
+def test_maps_that_are_too_many_are_refused(shape, message, recorded):
+    gradients = torch.empty(shape, device="meta")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cam_ops.class_activation_map_op.launch(gradients[:, 0], gradients, "layercam", 1e-6, True, None, False, False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cam_ops.weighted_activation_map_op.launch(gradients[:, 0], gradients[..., 0, 0], True, None, False)
+
+
+def test_strips_of_tall_maps_are_found_soon():
+    """As by trying every number of strips, which takes minutes for millions of rows."""
+
+    def by_trying(columns, steps):
+        def cost(strips):
+            return _launch.cdiv(columns * strips, _launch.PROGRAMS_AT_A_TIME) * (_launch.cdiv(steps, strips) + 1)
+
+        return _launch.cdiv(steps, min(range(1, steps + 1), key=cost))
+
+    strip_steps = _launch.strip_steps.__wrapped__
+    for columns in (*range(1, 40, 3), 131, 132, 133, 500):
+        for steps in (*range(1, 30), 97, 240, 257):
+            assert strip_steps(columns, steps) == by_trying(columns, steps), (columns, steps)
+    start = time.perf_counter()
+    strip_steps(1, 2**29)
+    assert time.perf_counter() - start < 5
