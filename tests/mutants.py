@@ -1318,12 +1318,12 @@ def in_copy(directory: str, tests: Sequence[str], output: str) -> None:
     os._exit(code)
 
 
-def run_tests(directory: Path, tests: Sequence[str]) -> tuple[int | None, str]:
+def run_tests(directory: Path, tests: Sequence[str], patience: float | None) -> tuple[int | None, str]:
     """Exit code, None after too long, and what pytest says."""
     output = directory / "output.txt"
     process = PROCESSES.Process(target=in_copy, args=(str(directory), tests, str(output)))
     process.start()
-    process.join(PATIENCE)
+    process.join(patience)
     hangs = process.is_alive()
     if hangs:
         os.killpg(process.pid, signal.SIGKILL)
@@ -1346,9 +1346,9 @@ def verdict(code: int | None, output: str) -> tuple[str, str]:
     return "caught", test
 
 
-def try_tests(directory: Path, tests: Sequence[str]) -> Result:
+def try_tests(directory: Path, tests: Sequence[str], patience: float | None = PATIENCE) -> Result:
     start = time.perf_counter()
-    code, output = run_tests(directory, tests)
+    code, output = run_tests(directory, tests, patience)
     return Result(*verdict(code, output), time.perf_counter() - start)
 
 
@@ -1387,7 +1387,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as name, ThreadPoolExecutor(options.jobs) as pool:
         base = Path(name).resolve()
         copy_tree(base)
-        result = try_tests(base, tests)
+        result = try_tests(base, tests, None)  # of all mutants at once
         print(f"{'as it is':{width}}  {result.verdict:8}  {result.seconds:5.0f} s  {result.shown}", flush=True)
         if result.verdict != "survived":
             return 1
