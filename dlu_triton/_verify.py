@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,7 @@ class Case:
     channels_last: bool = False
     kernel_dtype: torch.dtype | None = None  # of kernel space, offsets and masks, where it is not that of the features
     gpu_only: bool = False  # too large for the interpreter
+    seed: int = 0
 
 
 CASES = (
@@ -78,6 +79,7 @@ class CAMCase:
     channels_last: bool = False
     gradient_dtype: torch.dtype | None = None  # where it is not that of the activations
     gpu_only: bool = False
+    seed: int = 0
 
 
 CAM_CASES = (
@@ -101,7 +103,7 @@ CAM_CASES = (
 
 def inputs(operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
     """Random arguments of an operator by name, and `grad_output`."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(case.seed)
     if isinstance(case, CAMCase):
         return _cam_inputs(case, dtype, device, generator)
     n, h, w, s, g = case.batch, case.height, case.width, case.scale_factor, case.groups
@@ -160,12 +162,16 @@ def function(operator: str, case: Case | CAMCase, *, eager: bool) -> Callable[..
     return lambda *tensors: call(*tensors, s, k, g)
 
 
-def results(call: Callable[..., Tensor], arguments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients by name."""
-    tensors = {name: value.detach().requires_grad_() for name, value in arguments.items() if name != "grad_output"}
+def results(
+    call: Callable[..., Tensor], arguments: dict[str, Tensor], wanted: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Output and gradients by name, of all inputs or the wanted ones."""
+    tensors = {name: value.detach() for name, value in arguments.items() if name != "grad_output"}
+    wanted = tuple(tensors) if wanted is None else wanted
+    differentiated = [tensors[name].requires_grad_() for name in wanted]
     output = call(*tensors.values())
-    gradients = torch.autograd.grad(output, list(tensors.values()), arguments["grad_output"])
-    return {"output": output.detach(), **dict(zip(tensors, gradients, strict=True))}
+    gradients = torch.autograd.grad(output, differentiated, arguments["grad_output"]) if wanted else ()
+    return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -194,17 +200,30 @@ def compare(
     truth = results(function(operator, case, eager=True), exact)
     eager = results(function(operator, case, eager=True), arguments)
     kernel = results(function(operator, case, eager=False), arguments)
-    comparisons = {}
+    return comparisons(truth, eager, kernel)
+
+
+def comparisons(
+    truth: dict[str, Tensor], eager: dict[str, Tensor], kernel: dict[str, Tensor], least: Mapping[str, float] = {}
+) -> dict[str, Comparison]:
+    """Errors of results by name, and the bound of each, for which their largest value counts as `least` if below."""
+    found = {}
     for name, expected in truth.items():
         if kernel[name].shape != expected.shape or kernel[name].dtype != eager[name].dtype:
-            comparisons[name] = Comparison(float("nan"), 0.0, 0.0)
+            found[name] = Comparison(float("nan"), 0.0, 0.0)
             continue
+        dtype = kernel[name].dtype
         # Float64 is held against itself, so where the result is zero its own rounding is all there is.
-        largest = max(expected.abs().max().item(), 1.0 if dtype == torch.float64 else 0.0)
-        slack = SLACK[kernel[name].dtype] * torch.finfo(kernel[name].dtype).eps * largest
-        eager_error, kernel_error = ((found[name].double() - expected).abs().max().item() for found in (eager, kernel))
-        comparisons[name] = Comparison(kernel_error, eager_error, 2 * eager_error + slack)
-    return comparisons
+        largest = max(largest_of(expected), least.get(name, 0.0), 1.0 if dtype == torch.float64 else 0.0)
+        slack = SLACK[dtype] * torch.finfo(dtype).eps * largest
+        eager_error, kernel_error = (largest_of(results[name].double() - expected) for results in (eager, kernel))
+        found[name] = Comparison(kernel_error, eager_error, 2 * eager_error + slack)
+    return found
+
+
+def largest_of(tensor: Tensor) -> float:
+    """The largest magnitude; none in an empty batch."""
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def applies(case: Case | CAMCase, operator: str, dtype: torch.dtype) -> bool:

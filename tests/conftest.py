@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():
     # Read when Triton is imported, so before dlu_triton. With 0, test_ways.py runs as where there is neither.
@@ -17,6 +18,23 @@ with torch.device("meta"):  # which looks once for the functions it changes: bef
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what is marked long, and many more random cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Random cases: always the same few, or with --long many others, which can be had again by --hypothesis-seed."""
+    long = config.getoption("--long")
+    settings.register_profile(
+        "long" if long else "default",
+        max_examples=200 if long else 3,  # few, as each size of kernel and scale is compiled on a GPU
+        derandomize=not long,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if long else [])],
+        deadline=None,
+        database=None,
+        print_blob=long,
+        # Examples may share what fixtures set, and tensors take long.
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    settings.load_profile("long" if long else "default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
