@@ -5,10 +5,13 @@ of millions of programs the first and the last run; or the strides alone are hug
 """
 
 import contextlib
+import gc
+import itertools
 import math
 import mmap
 import re
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import INTERPRETED
+from selection import long
 from triton.runtime import interpreter
 
 import dlu_triton
@@ -583,3 +587,212 @@ def test_strips_of_tall_maps_are_found_soon():
     start = time.perf_counter()
     strip_steps(1, 2**29)
     assert time.perf_counter() - start < 5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Beyond 2^31 elements, all of them
+# ---------------------------------------------------------------------------------------------------------------
+
+CROP = 12  # source pixels on a side
+
+
+def random_arguments(operator, case, dtype, device):
+    """As `_verify.inputs` has them, made on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    arguments = {}
+    for name, value in meta_arguments(operator, case).items():
+        arguments[name] = torch.empty(value.shape, dtype=dtype, device=device).uniform_(-0.9, 0.9, generator=generator)
+    arguments["grad_output"] = arguments.pop("grad_output")  # the last one
+    return arguments
+
+
+def crop_of(value, case, rows, columns):
+    """Of the last image, what belongs to these source pixels."""
+    s = value.shape[2] // case.height
+    return value[-1:, :, s * rows.start : s * rows.stop, s * columns.start : s * columns.stop]
+
+
+def check_crops(operator, case, dtype, device):
+    """Output and gradients of the whole, beside eager PyTorch's of its first, last and middle pixels."""
+    arguments = random_arguments(operator, case, dtype, device)
+    found = _verify.results(_verify.function(operator, case, eager=False), arguments)
+    twin = _verify.function(operator, case, eager=True)
+    margin = case.kernel_size // 2 + 2  # so far a crop sees, with offsets of less than a pixel
+    for top, left in [(0, 0), (-1, -1), (0, -1), (case.height // 2, case.width // 2)]:
+        rows, columns, inner = [], [], []
+        for start, size, parts in ((top, case.height, rows), (left, case.width, columns)):
+            start = size - CROP if start < 0 else start
+            parts.append(slice(start, start + CROP))
+            inner.append(slice(margin if start else 0, CROP - (margin if start + CROP < size else 0)))
+        crops = {name: crop_of(value, case, *rows, *columns) for name, value in arguments.items()}
+        truth = _verify.results(twin, {name: value.double() for name, value in crops.items()})
+        eager = _verify.results(twin, crops)
+        kernel = {name: crop_of(value, case, *rows, *columns) for name, value in found.items()}
+        whole = replace(case, height=CROP, width=CROP)
+        parts = (
+            {name: crop_of(value, whole, *inner) for name, value in each.items()} for each in (truth, eager, kernel)
+        )
+        for name, comparison in _verify.comparisons(*parts).items():
+            assert comparison.passed, f"{name} at {top}, {left}: {comparison}"
+
+
+def needs_memory(device, gigabytes):
+    if device.type == "cpu" or torch.cuda.mem_get_info()[0] < gigabytes * 1e9:
+        pytest.skip(f"needs a GPU with {gigabytes} GB of free memory")
+
+
+@pytest.fixture
+def freed():
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("operator", ("expand_kernels", *long("dlu_upsample", "carafe", "carafe_upsample")))
+def test_crops(operator, device):
+    """On a small map, to see that what the next test does is right, and that it can fail."""
+    case = Case("", batch=2, channels=4, height=13, width=14, kernel_size=3)
+    check_crops(operator, case, torch.bfloat16, device)
+    with pytest.raises(AssertionError, match="output at -1, -1"):
+        check_crops_of_wrong_results(operator, case, device)
+
+
+def check_crops_of_wrong_results(operator, case, device):
+    """The last pixel is lost."""
+    results = _verify.results
+
+    def wrong(call, arguments):
+        found = results(call, arguments)
+        if arguments["grad_output"].shape[2] == case.scale_factor * case.height:
+            found["output"][-1, -1, -1, -1] = 0
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_verify, "results", wrong)
+        check_crops(operator, case, torch.float64, device)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("an image", channels=144, height=2**12, width=2**12, kernel_size=7),  # features, masks, output
+        Case("images", batch=600, channels=64, height=256, width=256, kernel_size=7),
+        Case("a column", channels=16, height=2**23, width=17, kernel_size=3),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_more_than_32_bits(operator, case, dtype, device, freed):
+    needs_memory(device, 80)
+    check_crops(operator, case, dtype, device)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("method", _checks.CAM_METHODS)
+def test_maps_of_more_than_32_bits(method, device, freed):
+    """Three images, of which the last one's map is held against that of a loop over its channels."""
+    needs_memory(device, 40)
+    shape = 3, 64, 2**12, 2**12
+    generator = torch.Generator(device).manual_seed(0)
+    activations, gradients = (
+        torch.empty(shape, dtype=torch.float16, device=device).normal_(generator=generator) for _ in range(2)
+    )
+    found = dlu_triton.class_activation_parts(activations.relu_(), gradients, method, relu=False)
+    expected = torch.zeros(shape[2:], dtype=torch.float64, device=device)
+    for a, g in zip(activations[-1], gradients[-1], strict=True):  # every method is a sum over the channels
+        one = reference.class_activation_parts(a[None, None].double(), g[None, None].double(), method, relu=False)
+        expected += one.raw[0, 0]
+    torch.testing.assert_close(found.raw[-1, 0].double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Out of memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Failure:
+    """Lets so many steps succeed, and the next one fail."""
+
+    def __init__(self, error):
+        self.error, self.left, self.made = error, math.inf, []
+
+    def step(self):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+    def allocates(self, make):
+        def allocate(*args, **kwargs):
+            self.step()
+            tensor = make(*args, **kwargs)
+            self.made.append(weakref.ref(tensor))
+            return tensor
+
+        return allocate
+
+    def launches(self, launch):
+        def run(*args, **kwargs):
+            self.step()
+            return launch(*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize("cause", ("memory", "launch"))
+@pytest.mark.parametrize(
+    "operator", ("dlu_upsample", _verify.CAM, *long("expand_kernels", "carafe", "carafe_upsample"))
+)
+def test_calls_that_fail_leave_nothing(operator, cause, device, monkeypatch):
+    """Whichever allocation or launch fails, forward or backward: the error is what it was, no tensor stays, and the
+    same call succeeds afterwards."""
+    if operator == _verify.CAM:
+        case = _verify.CAMCase("", "xgradcam", channels=3, height=33, width=65, size=(5, 6))
+    else:
+        case = Case("", channels=4, height=2, width=3, kernel_size=3, groups=2)
+    arguments = _verify.inputs(operator, case, torch.float32, device)
+    call = _verify.function(operator, case, eager=False)
+    with deterministic():
+        expected = _verify.results(call, arguments)
+        failure = Failure(torch.OutOfMemoryError("no memory") if cause == "memory" else RuntimeError("no launch"))
+        if cause == "memory":
+            for name in ("empty", "empty_like"):
+                monkeypatch.setattr(torch, name, failure.allocates(getattr(torch, name)))
+        else:
+            launcher, method = (interpreter.GridExecutor, "__call__") if INTERPRETED else (triton.JITFunction, "run")
+            launch = failure.launches(getattr(launcher, method))
+            monkeypatch.setattr(launcher, method, lambda self, *args, **kwargs: launch(self, *args, **kwargs))
+        for steps in itertools.count():
+            _launch.forget_launches()
+            failure.left = steps
+            failure.made.clear()
+            try:
+                _verify.results(call, arguments)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                assert error is failure.error  # noqa: PT017  # which the last turn does not raise
+                failure.error.__traceback__ = None
+            else:
+                break
+            gc.collect()
+            assert [made() for made in failure.made if made() is not None] == []
+            assert torch.are_deterministic_algorithms_enabled()
+            failure.left = math.inf
+            for name, value in _verify.results(call, arguments).items():
+                assert torch.equal(value, expected[name]), (name, steps)
+        assert steps >= 2
+
+
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+def test_no_memory_of_a_gpu(operator, device, freed):
+    """An output of terabytes, of an image that is given many times."""
+    if device.type == "cpu":
+        pytest.skip("needs a GPU; a CPU may promise memory that it does not have")
+    case = Case("", channels=64, height=64, width=64, scale_factor=16)
+    arguments = random_arguments(operator, case, torch.bfloat16, device)
+    call = _verify.function(operator, case, eager=False)
+    expected = _verify.results(call, arguments)
+    many = [value.expand(10**5, -1, -1, -1) for name, value in arguments.items() if name != "grad_output"]
+    with pytest.raises(torch.OutOfMemoryError):
+        call(*many)
+    assert torch.equal(_verify.results(call, arguments)["output"], expected["output"])
