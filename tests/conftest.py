@@ -1,7 +1,7 @@
 """The same tests run interpreted on a CPU and compiled on a GPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -42,6 +42,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--long"):
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+def _call(function: Callable[..., None], arguments: dict[str, object]) -> None:
+    function(**arguments)
+
+
+# CPython keeps frames in chunks of 16 KB, and maps one anew for each call where the last one is full: interpreted
+# kernels took twice as long at some depths. A frame that needs more than 256 KB comes with a chunk of 512 KB.
+_call.__code__ = _call.__code__.replace(co_stacksize=2**15)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    function = pyfuncitem.obj
+    pyfuncitem.obj = lambda **arguments: _call(function, arguments)
 
 
 @pytest.fixture(scope="session")
