@@ -181,6 +181,7 @@ class Comparison:
     kernel: float
     eager: float
     bound: float
+    largest: float  # of the true values
 
     @property
     def passed(self) -> bool:
@@ -210,14 +211,15 @@ def comparisons(
     found = {}
     for name, expected in truth.items():
         if kernel[name].shape != expected.shape or kernel[name].dtype != eager[name].dtype:
-            found[name] = Comparison(float("nan"), 0.0, 0.0)
+            found[name] = Comparison(float("nan"), 0.0, 0.0, 0.0)
             continue
         dtype = kernel[name].dtype
         # Float64 is held against itself, so where the result is zero its own rounding is all there is.
-        largest = max(largest_of(expected), least.get(name, 0.0), 1.0 if dtype == torch.float64 else 0.0)
-        slack = SLACK[dtype] * torch.finfo(dtype).eps * largest
+        largest = largest_of(expected)
+        counted = max(largest, least.get(name, 0.0), 1.0 if dtype == torch.float64 else 0.0)
+        slack = SLACK[dtype] * torch.finfo(dtype).eps * counted
         eager_error, kernel_error = (largest_of(results[name].double() - expected) for results in (eager, kernel))
-        found[name] = Comparison(kernel_error, eager_error, 2 * eager_error + slack)
+        found[name] = Comparison(kernel_error, eager_error, 2 * eager_error + slack, largest)
     return found
 
 
