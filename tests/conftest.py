@@ -90,6 +90,7 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 def checked_addresses() -> Iterator[set]:
     """Interpreted kernels reach nothing but elements of their arguments. What they have stored to."""
     import addresses  # imports Triton
+    import interpreting
 
-    with addresses.checked() as stores:
+    with interpreting.spared(), addresses.checked() as stores:
         yield stores

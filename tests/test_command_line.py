@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,7 @@ def test_interrupted():
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells have what runs behind them ignore it
     )
     while not process.stdout.readline().startswith("operator"):
         assert process.poll() is None
