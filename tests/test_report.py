@@ -697,13 +697,15 @@ def test_training_on_a_cpu(root):
 
 
 def write_errors(root, name="errors-gpu.json", **machine):
-    """Two upsamplers and maps, in one type."""
+    """Two upsamplers and maps, in two types."""
     rows = [("carafe", "output", 1), ("carafe", "features", 2), ("carafe", "masks", 3), ("expand_kernels", "output", 4)]
     rows += [("expand_kernels", "kernel_space", 0.5), ("expand_kernels", "offsets", 6)]
     rows += [("class_activation_map", name, 7) for name in ("output", "activations", "gradients")]
     fields = ("operator", "result", "error")
     errors = [
-        dict(zip(fields, row, strict=True)) | {"dtype": "float32", "eager": 10 * row[2], "cases": 11} for row in rows
+        dict(zip(fields, row, strict=True)) | {"dtype": dtype, "eager": 10 * row[2], "cases": 11}
+        for dtype in ("float64", "float32")
+        for row in rows
     ]
     figures = {"machine": MACHINE | machine, "errors": errors}
     root.joinpath(report.RESULTS, name).write_text(json.dumps(figures))
@@ -719,12 +721,13 @@ def test_errors(root):
     assert text.splitlines()[2].startswith(
         "Made-up GPU: torch 5.6, Triton 7.8, commit 0123456789ab, `bench/results/errors-gpu.json`."
     )
-    assert "Largest errors of 99 results" in text
+    assert "Largest errors of 198 results" in text
     first, second = (table(text[text.index(f"\n|  | {column}") :]) for column in ("output", "map"))
     assert [list(row.values()) for row in first] == [
-        ["upsampling, float32", "4.0e+00 (4.0e+01)", "2.0e+00 (2.0e+01)", "3.0e+00 (3.0e+01)", "6.0e+00 (6.0e+01)"]
+        ["upsampling, float64", "4.0e+00", "2.0e+00", "3.0e+00", "6.0e+00"],
+        ["upsampling, float32", "4.0e+00 (4.0e+01)", "2.0e+00 (2.0e+01)", "3.0e+00 (3.0e+01)", "6.0e+00 (6.0e+01)"],
     ]
-    assert second[0]["map"] == "7.0e+00 (7.0e+01)"
+    assert second[1]["map"] == "7.0e+00 (7.0e+01)"
 
 
 def test_errors_of_no_commit_are_refused(root):
