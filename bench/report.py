@@ -840,7 +840,8 @@ def accuracy(root: Path, *, allow_dirty: bool) -> str:
     machine, rows = Fields(str(path), figures["machine"]), figures["errors"]
     if not allow_dirty and (machine["commit"] is None or machine["dirty"]):
         raise ValueError(f"{path} must be measured at a commit, got {machine['commit']!r}: commit, then measure again")
-    where = machine["gpu"] or "Triton's interpreter on a CPU, **not a GPU's arithmetic**"
+    interpreter = "Triton's interpreter on a CPU, **not a GPU's arithmetic** (it truncates to bfloat16, a GPU rounds)"
+    where = machine["gpu"] or interpreter
     cases = sum(row["cases"] for row in rows)
     parts = [
         f"{where}: torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit'][:12]}, "
