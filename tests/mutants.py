@@ -636,8 +636,13 @@ MUTANTS = (
     ),
     Mutant(
         "lazy negation not seen", REGISTRATION,
-        " and not tensor.is_neg()", "",
+        " or tensor.is_neg()", "",
         ("test_devices.py::test_kinds_of_tensors", "test_devices.py::test_negated_activations"),
+    ),
+    Mutant(
+        "zeros without memory not seen", REGISTRATION,
+        " or tensor._is_zerotensor()", "",
+        ("test_devices.py::test_zeros_without_memory",),
     ),
     Mutant(
         "dispatch modes not seen", REGISTRATION,

@@ -14,7 +14,9 @@ from dlu_triton import _checks, _verify, reference
 from dlu_triton._verify import CAMCase
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)  # which go together; float64 goes alone
-LAYOUTS = (torch.clone, channels_last, sliced, cropped, channel_slice, transposed, tokens, expanded, scalar)
+LAYOUTS = (torch.clone, channels_last, sliced, cropped, channel_slice, transposed, tokens)
+if not INTERPRETED:  # which adds up one after the other, so that roundings of terms that are all alike do, too
+    LAYOUTS += (expanded, scalar)
 METHOD = st.sampled_from(_checks.CAM_METHODS)
 WEIGHING = pytest.mark.parametrize("method", _checks.WEIGHING_METHODS)
 EVERY_METHOD = pytest.mark.parametrize("method", _checks.CAM_METHODS)
@@ -86,24 +88,14 @@ def derivatives(call, tensors, wanted):
     return {name: value.detach() for name, value in found.items()}
 
 
-def assert_within_bounds(calls, tensors, wanted, alike):
-    """Kernels and twin, whose calls return results by name, held against the twin in float64.
-
-    The interpreter adds up one after the other. Of n terms that are `alike` the roundings are too: n / 4 machine
-    epsilons at most, and n / 32 times what is allowed in float32.
-    """
+def assert_within_bounds(calls, tensors, wanted):
+    """Kernels and twin, whose calls return results by name, held against the twin in float64."""
     kernels, twin = calls
     exact = [tensor.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for tensor in tensors]
     truth, eager = (derivatives(twin, values, wanted) for values in (exact, tensors))
     found = derivatives(kernels, tensors, wanted)
-    share = max(1, alike / 32)
-    least = {name: share * _verify.largest_of(value) for name, value in truth.items()}
-    for name, comparison in _verify.comparisons(truth, eager, found, least).items():
+    for name, comparison in _verify.comparisons(truth, eager, found).items():
         assert comparison.passed, f"{name}: {comparison}"
-
-
-def repeats(trial):
-    return INTERPRETED and not {expanded, scalar}.isdisjoint(trial.layouts)
 
 
 def determined(maps):
@@ -138,7 +130,7 @@ def test_error_against_float64(dtype, data, device):
         lambda a, g, parts=library.class_activation_parts: parts(a, g, normalize=trial.normalize, **settings)._asdict()
         for library in (dlu_triton, reference)
     ]
-    assert_within_bounds(calls, tensors, trial.wanted, repeats(trial) * case.height * case.width)
+    assert_within_bounds(calls, tensors, trial.wanted)
 
 
 @pytest.mark.parametrize("dtype", _verify.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -158,7 +150,7 @@ def test_error_of_given_weights_against_float64(dtype, data, device):
         lambda a, w, cam=library.weighted_activation_map: {"map": cam(a, w, normalize=trial.normalize, **settings)}
         for library in (dlu_triton, reference)
     ]
-    assert_within_bounds(calls, (activations, weights), trial.wanted, repeats(trial) * case.channels)
+    assert_within_bounds(calls, (activations, weights), trial.wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------

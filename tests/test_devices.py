@@ -344,6 +344,20 @@ def test_negated_activations(device):
 
 
 @every_operator
+def test_zeros_without_memory(operator, device):
+    """As each input and as the upstream gradient."""
+    arguments = _verify.inputs(operator, CASE, torch.float64, device)
+    call = _verify.function(operator, CASE, eager=False)
+    for name, value in arguments.items():
+        found, expected = (
+            _verify.results(call, arguments | {name: zeros(value.shape, dtype=value.dtype, device=device)})
+            for zeros in (torch._efficientzerotensor, torch.zeros)
+        )
+        for result, value in expected.items():
+            torch.testing.assert_close(found[result], value, msg=lambda text, result=result: f"{result}: {text}")
+
+
+@every_operator
 def test_without_gradients(operator, device):
     arguments = _verify.inputs(operator, CASE, torch.float32, device)
     grad_output = arguments.pop("grad_output")

@@ -299,14 +299,16 @@ def test_without_enlargement_dlu_is_carafe(case, path):
 
 @given(case=SOME, dtype=st.sampled_from(_verify.DTYPES), data=st.data())
 def test_one_tap_shifts_the_image(case, dtype, data, path):
-    """Bitwise, with zeros beyond the image."""
+    """Bitwise, with zeros beyond the image; but for the last bit that three products of TF32 have not."""
     k, r = case.kernel_size, case.kernel_size // 2
     u, v = data.draw(st.integers(0, k - 1)), data.draw(st.integers(0, k - 1))
     features, masks, _ = drawn("carafe", case, path, dtype)
     masks = torch.zeros_like(masks)
     masks.unflatten(1, (case.groups, k * k))[:, :, u * k + v] = 1
     shifted = F.pad(features, [r] * 4)[:, :, u : u + case.height, v : v + case.width]
-    assert torch.equal(called("carafe", case, features, masks), repeated(shifted, case))
+    tolerance = 2**-22 if dtype == torch.float32 and path.type != "cpu" else 0
+    output = called("carafe", case, features, masks)
+    torch.testing.assert_close(output, repeated(shifted, case), rtol=tolerance, atol=0)
 
 
 @given(case=SOME)

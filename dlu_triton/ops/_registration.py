@@ -27,8 +27,8 @@ class Operator:
       the traced form;
     - on plain CPU tensors: the eager twin;
     - inside torch.func's transforms: an `autograd.Function` that they can take apart;
-    - for tensor subclasses, under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode) and for views
-      with a lazy negation: the registered op, which on CPU tensors computes by the eager twin;
+    - for tensor subclasses, under modes that want to see operators (DTensor, FakeTensor, FlopCounterMode), for views
+      with a lazy negation and zeros without memory: the registered op, which on CPU tensors computes by the eager twin;
     - in eager PyTorch: the launches themselves, inside an `autograd.Function` if a gradient may be wanted. A registered
       op would cost the host about half as much again (`bench/NOTES.md`, "Host").
 
@@ -228,11 +228,12 @@ def _function(name: str, **methods: Callable[..., Any]) -> Any:
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether these are tensors whose values are in memory, and nobody wants to see what is done with them.
 
-    Those of a lazy negation, which such views as the imaginary part of a conjugate have, are not; PyTorch resolves them
-    on the way to a registered op.
+    Those of a lazy negation, which such views as the imaginary part of a conjugate have, and zeros without memory,
+    which PyTorch makes as gradients, are not; it resolves them on the way to a registered op.
     """
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(tensor) in PLAIN and not tensor.is_meta and not tensor.is_neg() for tensor in tensors
+        type(tensor) in PLAIN and not (tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor())
+        for tensor in tensors
     )
 
 
