@@ -1,12 +1,13 @@
 """Upsamplers on random cases: against float64, and what holds whatever the values."""
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layouts import channel_slice, channels_last, cropped, expanded, scalar, sliced, transposed
 from test_deterministic import deterministic
@@ -138,6 +139,32 @@ def test_error_against_float64(operator, dtype, data, device):
         least |= {name: terms[name] for name in ("output", "features") if name in found}
     for name, comparison in _verify.comparisons(truth, eager, found, least).items():
         assert comparison.passed, f"{name}: {comparison}"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")  # of the interpreter
+@pytest.mark.parametrize("operator", _verify.OPERATORS)
+@given(data=st.data())
+def test_bad_values_stay_in_their_image_and_group(operator, data, path):
+    """Of any types, layouts and settings."""
+    trial = data.draw(trials(operator, data.draw(st.sampled_from(_verify.DTYPES))))
+    assume(trial.case.batch)
+    own = {name: torch.clone if each in (expanded, scalar) else each for name, each in trial.layouts.items()}
+    trial = replace(trial, layouts=own)
+    groups, image = trial.case.groups, data.draw(st.integers(0, trial.case.batch - 1))
+    group = data.draw(st.integers(0, groups - 1))
+    call = _verify.function(operator, trial.case, eager=False)
+    arguments = arguments_of(operator, trial, path)
+    with deterministic() if trial.deterministic else contextlib.nullcontext():
+        clean = _verify.results(call, arguments, trial.wanted)
+        part = arguments[data.draw(st.sampled_from(list(arguments)))][image].tensor_split(groups)[group]
+        share = data.draw(st.sampled_from((0.02, 0.5, 1.0)))
+        bad = torch.rand(part.shape, generator=torch.Generator().manual_seed(trial.case.seed)) < share
+        part[bad.to(path)] = data.draw(st.sampled_from((math.nan, math.inf, -math.inf, 1e30, -1e30, 1e-40)))
+        found = _verify.results(call, arguments, trial.wanted)
+    others = torch.ones(trial.case.batch, groups, dtype=torch.bool, device=path)
+    others[image, group] = False
+    for name, value in found.items():
+        torch.testing.assert_close(*(each.unflatten(1, (groups, -1))[others] for each in (value, clean[name])))
 
 
 # ---------------------------------------------------------------------------------------------------------------
