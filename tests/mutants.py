@@ -417,7 +417,7 @@ MUTANTS = (
     Mutant(
         "additions in any order where they must not be", DLU,
         "return not torch.are_deterministic_algorithms_enabled()", "return True",
-        ("test_deterministic.py::test_dlu_repeats_itself_on_request[one-expand_kernels]",),
+        ("test_deterministic.py::test_dlu_repeats_itself_on_request[one-dlu_upsample]",),
     ),
     Mutant(
         "fixed point without room for the number of terms", KERNELS,

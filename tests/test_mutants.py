@@ -38,6 +38,7 @@ def test_tests_exist():
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr + process.stdout[-2000:]
+    assert "deselected" not in process.stdout  # for --long
 
 
 @pytest.mark.parametrize(
