@@ -640,6 +640,17 @@ MUTANTS = (
         ("test_devices.py::test_kinds_of_tensors", "test_devices.py::test_negated_activations"),
     ),
     Mutant(
+        "partial sums of a gradient of features rounded", KERNELS,
+        "            above = _multiply_add(grad_output, band, above, PRECISION, ACC)\n",
+        "            above = _multiply_add(grad_output, band, above, PRECISION, ACC).to(tl.float16).to(ACC)\n",
+        ("test_operators.py::test_gradients_of_features_are_rounded_once",),
+    ),
+    Mutant(
+        "tiles that begin inside a pixel not thought of", LAUNCH,
+        "misaligned = scale_factor - math.gcd(block, scale_factor)", "misaligned = 0",
+        ("test_operators.py::test_every_kernel_size_at_many_scales",),
+    ),
+    Mutant(
         "zeros without memory not seen", REGISTRATION,
         " or tensor._is_zerotensor()", "",
         ("test_devices.py::test_zeros_without_memory",),

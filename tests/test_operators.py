@@ -69,6 +69,18 @@ def test_long_sums_in_half_precision(operator, case, dtype, device):
     assert_within_bounds(operator, case, dtype, device)
 
 
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+def test_gradients_of_features_are_rounded_once(last, device):
+    """Sums of two thousand positive terms, in many parts."""
+    case = Case("", channels=4, height=3, width=4, scale_factor=16, kernel_size=3, channels_last=last)
+    arguments = _verify.inputs("carafe", case, torch.float16, device)
+    arguments["masks"], arguments["grad_output"] = arguments["masks"].abs(), arguments["grad_output"].abs()
+    exact = {name: value.double() for name, value in arguments.items()}
+    truth = _verify.results(_verify.function("carafe", case, eager=True), exact)["features"]
+    found = _verify.results(_verify.function("carafe", case, eager=False), arguments)["features"]
+    assert ((found.double() - truth).abs() <= 0.51 * torch.finfo(torch.float16).eps * truth).all()
+
+
 @pytest.mark.parametrize("kernel_size", (1, 3, 5, 7, 9))
 @pytest.mark.parametrize("scale_factor", (1, 2, 3, 8, *long(5, 11)))
 def test_every_kernel_size_at_many_scales(scale_factor, kernel_size, device):
