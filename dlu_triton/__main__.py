@@ -29,6 +29,8 @@ def positive_integer(text: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status."""
+    if sys.stdout is None:  # it was closed; the files that are opened next would take its place
+        return _cannot_write(errno.EBADF)
     try:
         try:
             return _run(arguments)
@@ -40,9 +42,12 @@ def main(arguments: list[str]) -> int:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
-        if error.errno == errno.ENOSPC:
-            print(f"dlu_triton: error: cannot write the output: {error.strerror}", file=sys.stderr)
-        return FAILED  # silently where the reader has left, as `head` does
+        return _cannot_write(error.errno) if error.errno == errno.ENOSPC else FAILED  # silently where a reader has left
+
+
+def _cannot_write(number: int) -> int:
+    print(f"dlu_triton: error: cannot write the output: {os.strerror(number)}", file=sys.stderr)
+    return FAILED
 
 
 def _run(arguments: list[str]) -> int:
@@ -104,5 +109,6 @@ def _run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that no encoding has
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that no encoding has
     sys.exit(main(sys.argv[1:]))

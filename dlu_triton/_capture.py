@@ -281,7 +281,6 @@ def resolve(target: Target, output: Any, batch: int) -> Scores:
             f"target must be a callable unless the model returns one row of class scores for each of the {batch} "
             f"images, got output shape {tuple(logits.shape)}"
         )
-    classes = logits.shape[1]
     if target is None:
         return Scores(logits.detach().argmax(1), None)
     if isinstance(target, Sequence) and not isinstance(target, str):
@@ -292,17 +291,9 @@ def resolve(target: Target, output: Any, batch: int) -> Scores:
     if isinstance(target, np.ndarray):
         target = torch.from_numpy(target)
     if not isinstance(target, Tensor):
-        number = _checks.integer("target", target, 0, classes - 1)
+        number = _checks.integer("target", target, 0, logits.shape[1] - 1)
         return Scores(torch.full((batch,), number, device=logits.device), None)
-    _checks.dense("target", target)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"target must hold integers, got {target.dtype}")
-    if target.dim() not in (1, 2) or target.shape[0] != batch or 0 in target.shape[1:]:
-        raise ValueError(f"target must have shape (N,) or (N, K) with N = {batch}, got {tuple(target.shape)}")
-    if target.device.type == "cpu" and batch > 0:
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"target must be from 0 to {classes - 1}, got {low if low < 0 else high}")
+    _checks.class_indices(target, batch, logits)
     return Scores(target.to(logits.device, torch.long, non_blocking=True), None)
 
 

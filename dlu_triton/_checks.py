@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MAX_KERNEL_SIZE = 9
 MAX_SCALE_FACTOR = 16
 MAX_SIZE = 2**31 - 2**12  # kernels number channels, rows and columns, and a block beyond, in 32 bits
@@ -210,14 +211,15 @@ def class_activation_map(
     size: object,
     normalize: object,
     return_weights: object = False,
-) -> None:
-    """Rules of `class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)`."""
+) -> float:
+    """Rules of `class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)`; eps
+    as a float."""
     if not isinstance(method, str) or method not in CAM_METHODS:
         raise ValueError(f"method must be one of {', '.join(CAM_METHODS)}, got {method!r}")
     flags(relu=relu, normalize=normalize, return_weights=return_weights)
     if return_weights and method not in WEIGHING_METHODS:
         raise ValueError(f"return_weights must be False for {method}, which has no channel weights, got True")
-    non_negative("eps", eps)
+    eps = non_negative("eps", eps)
     map_size(size)
     _activations(activations)
     _floating("gradients", gradients)
@@ -227,6 +229,7 @@ def class_activation_map(
     else:
         _shape("gradients", gradients, "(N, C, H, W), or (N, K, C, H, W) for K maps,", (n, c, h, w))
     _beside("gradients", gradients, "activations", activations)
+    return eps
 
 
 def weighted_activation_map(
@@ -283,10 +286,16 @@ def _number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
-def non_negative(name: str, value: object) -> None:
+def non_negative(name: str, value: object) -> float:
+    """The value as a float that float32 holds, whatever kind of number it is."""
     _number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be at least 0 and finite in float32, got {value}")
+    return number
 
 
 def map_size(value: object, name: str = "size") -> tuple[int, int] | None:
@@ -356,16 +365,23 @@ def drops(value: Tensor, contributions: Tensor) -> None:
         )
 
 
-def _real(name: str, value: Tensor) -> None:
-    dense(name, value)
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+def _values(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """For what is copied to the device of another tensor."""
+    if value.is_meta and not other.is_meta:
+        raise ValueError(f"{name} must hold values, as {other_name} on {other.device}, got a tensor on meta")
+
+
+def tolerance(value: object) -> int:
+    return integer("tolerance", value, 0, MAX_SIZE)
 
 
 def maps_and_boxes(maps: Tensor, boxes: Tensor) -> None:
     """Rules that `pointing_hit` and `energy_in_box` share."""
-    _real("maps", maps)
-    _real("boxes", boxes)
+    _floating("maps", maps)
+    dense("boxes", boxes)
+    if boxes.dtype not in (*INTEGERS, *DTYPES):
+        raise TypeError(f"boxes must hold integers, or be float16, bfloat16, float32 or float64, got {boxes.dtype}")
+    _values("boxes", boxes, "maps", maps)
     if maps.dim() not in (3, 4) or 0 in maps.shape[-2:]:
         raise ValueError(f"maps must be (N, H, W) or (N, K, H, W) with pixels, got shape {tuple(maps.shape)}")
     leading = tuple(maps.shape[:-2])
@@ -386,13 +402,28 @@ def confidence_change(inputs: Tensor, maps: Tensor) -> None:
         )
 
 
+def class_indices(value: Tensor, batch: int, logits: Tensor) -> None:
+    """Rules of a tensor of class indices, whose values are looked at where that waits for no device."""
+    dense("target", value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"target must hold integers, got {value.dtype}")
+    if value.dim() not in (1, 2) or value.shape[0] != batch or 0 in value.shape[1:]:
+        raise ValueError(f"target must have shape (N,) or (N, K) with N = {batch}, got {tuple(value.shape)}")
+    _values("target", value, "the class scores", logits)
+    if value.device.type == "cpu" and batch > 0:
+        array = value.numpy(force=True)  # which has bounds of unsigned types, as PyTorch has not
+        low, high, classes = int(array.min()), int(array.max()), logits.shape[1]
+        if low < 0 or high >= classes:
+            raise ValueError(f"target must be from 0 to {classes - 1}, got {low if low < 0 else high}")
+
+
 def class_of_each_map(target: object, indices: Tensor | None, maps: tuple[int, ...]) -> None:
     if indices is None or tuple(indices.shape) != maps:
         raise ValueError(f"target must hold a class for each map, {maps}, got {target!r}")
 
 
-def overlay(images: Tensor, maps: Tensor, alpha: object, colormap: object, known: Collection[str]) -> None:
-    """Rules of `overlay(images, maps, alpha, colormap)` but for the values of the tensors."""
+def overlay(images: Tensor, maps: Tensor, alpha: object, colormap: object, known: Collection[str]) -> float:
+    """Rules of `overlay(images, maps, alpha, colormap)` but for the values of the tensors; alpha as a float."""
     if not isinstance(colormap, str) or colormap not in known:
         raise ValueError(f"colormap must be one that matplotlib knows, got {colormap!r}")
     _number("alpha", alpha)
@@ -413,6 +444,7 @@ def overlay(images: Tensor, maps: Tensor, alpha: object, colormap: object, known
             "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W), or without N, "
             f"got {tuple(images.shape)} and {tuple(maps.shape)}"
         )
+    return float(alpha)
 
 
 def zero_to_one(name: str, low: float, high: float, hint: str = "") -> None:

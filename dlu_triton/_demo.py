@@ -36,6 +36,11 @@ __all__ = ["run"]
 
 PHOTOGRAPH = "coffee.jpg"
 RESULT = "dlu_demo.png"
+# Those whose decoders are within Pillow: for EPS, also within IPTC, it starts Ghostscript.
+FORMATS = (
+    "AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
 MIN_SIDE, MAX_SIDE = 64, 512  # pixels of the picture
 MAX_ASPECT = 2
 SCALE = 2
@@ -130,11 +135,14 @@ def _read(path: Path | None) -> Image.Image:
     source = path or importlib.resources.files(__package__) / "data" / PHOTOGRAPH
     try:
         with warnings.catch_warnings(), source.open("rb") as file:
-            warnings.simplefilter("ignore")  # of large pictures, damaged metadata; too large ones are an error
-            with Image.open(file) as encoded:
+            warnings.simplefilter("ignore")  # of damaged metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # the others are of a newer Pillow
+            with Image.open(file, formats=known) as encoded:
                 picture = _rgb(ImageOps.exif_transpose(encoded))
     except Image.UnidentifiedImageError as error:
-        raise _UserError(f"cannot read {source}: not a picture that Pillow knows") from error
+        raise _UserError(f"cannot read {source}: not a picture in a format that the demo reads") from error
     except OSError as error:
         raise _UserError(f"cannot read {source}: {error.strerror or error}") from error
     except Exception as error:  # the decoders raise errors of many types on broken files

@@ -121,11 +121,10 @@ class _Explainer:
         self._single = isinstance(layers, nn.Module | str)
         _checks.fuse(fuse)
         _checks.layout(layout)
-        _checks.non_negative("eps", eps)
         self._fuse = fuse
         self._grid = _checks.map_size(grid, "grid")
         self._layout = layout
-        self._eps = eps
+        self._eps = _checks.non_negative("eps", eps)
 
     def __call__(
         self,
@@ -349,7 +348,7 @@ def overlay(images: Tensor, maps: Tensor, alpha: float = 0.5, colormap: str = "j
         import matplotlib
     except ImportError as error:
         raise ImportError("overlay needs matplotlib, which the extra [explain] of dlu-triton installs") from error
-    _checks.overlay(images, maps, alpha, colormap, matplotlib.colormaps)
+    alpha = _checks.overlay(images, maps, alpha, colormap, matplotlib.colormaps)
     several = maps.dim() == images.dim()
     pixels = images.movedim(-3, -1).double().numpy(force=True) / (255 if images.dtype == torch.uint8 else 1)
     if several:

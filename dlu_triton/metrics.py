@@ -176,12 +176,12 @@ def pointing_hit(maps: Tensor, boxes: Tensor, tolerance: int = 0) -> Tensor:
     """Whether the largest value of each map is in one of its boxes (the pointing game): bool (N, [K]).
 
     Args:
-        maps: (N, [K,] H, W). A map without a positive value misses.
-        boxes: (N, [K,] 4), or (N, [K,] B, 4) for B boxes a map; x0, y0, x1, y1 in pixels, x1 and y1 not included. A
-            box without area is none.
+        maps: (N, [K,] H, W), floating-point. A map without a positive value misses.
+        boxes: (N, [K,] 4), or (N, [K,] B, 4) for B boxes a map; x0, y0, x1, y1 in pixels, x1 and y1 not included, of
+            integers or floating-point. A box without area is none.
         tolerance: pixels by which the boxes are widened on every side; the published game has 15.
     """
-    tolerance = _checks.integer("tolerance", tolerance, 0)
+    tolerance = _checks.tolerance(tolerance)
     _checks.maps_and_boxes(maps, boxes)
     inside = _inside(maps, boxes, tolerance)
     flat = maps.flatten(-2)
@@ -193,10 +193,10 @@ def energy_in_box(maps: Tensor, boxes: Tensor) -> Tensor:
     """Share of each map's sum that lies in its boxes (Score-CAM's energy-based pointing game): (N, [K]).
 
     Maps and boxes are those of `pointing_hit`; negative values count as zero, and a map without a positive value has
-    none of its energy anywhere.
+    none of its energy anywhere. Sums and shares are float32, float64 for float64 maps.
     """
     _checks.maps_and_boxes(maps, boxes)
-    energy = maps.clamp(min=0)
+    energy = maps.to(torch.promote_types(maps.dtype, torch.float32)).clamp(min=0)
     total = energy.sum((-2, -1))
     return (energy * _inside(maps, boxes, 0)).sum((-2, -1)) / total.masked_fill(total == 0, torch.inf)
 
@@ -205,7 +205,8 @@ def _inside(maps: Tensor, boxes: Tensor, tolerance: int) -> Tensor:
     """Which pixels of the maps are in their boxes: bool, like the maps."""
     if boxes.dim() == maps.dim() - 1:
         boxes = boxes.unsqueeze(-2)
-    x0, y0, x1, y1 = boxes.to(maps.device).unbind(-1)  # (..., B)
+    boxes = boxes.to(maps.device, torch.float64)  # in their own type a tolerance may wrap, or round away
+    x0, y0, x1, y1 = boxes.unbind(-1)  # (..., B)
     real = ((x1 > x0) & (y1 > y0))[..., None, None]
     x = torch.arange(maps.shape[-1], device=maps.device)
     y = torch.arange(maps.shape[-2], device=maps.device)[:, None]
@@ -234,6 +235,8 @@ class ConfidenceChange(NamedTuple):
 def confidence_change(model: nn.Module, inputs: Tensor, maps: Tensor, target: Tensor) -> ConfidenceChange:
     """How the probability of each class changes when its map masks the image (arXiv 1710.11063, section 4).
 
+    A class whose probability is rounded to zero has nothing to lose: its drop is zero.
+
     Args:
         model: from images to logits (N, classes); probabilities are their softmax.
         inputs: (N, channels, H, W), as the model takes them. Masking multiplies them, so where a map is zero the image
@@ -252,5 +255,5 @@ def confidence_change(model: nn.Module, inputs: Tensor, maps: Tensor, target: Te
     before = _capture.logits_of(output).softmax(1).gather(1, indices)
     masked = (inputs.unsqueeze(1) * maps.view(n, k, 1, *maps.shape[-2:])).flatten(0, 1).to(inputs.dtype)
     after = _capture.logits_of(model(masked)).softmax(1).gather(1, indices.view(n * k, 1)).view(n, k)
-    drop, increase = (before - after).clamp(min=0) / before, after > before
+    drop, increase = _relative((before - after).clamp(min=0), before), after > before
     return ConfidenceChange(drop, increase) if several else ConfidenceChange(drop.squeeze(1), increase.squeeze(1))

@@ -119,7 +119,7 @@ def class_activation_parts(
     normalize: bool = False,
 ) -> CAMParts:
     """See `dlu_triton.class_activation_parts`."""
-    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
+    eps = _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     wide = _wide(activations.dtype)
     a = activations.to(wide).unsqueeze(1)  # (N, 1, C, h, w)
     g = (gradients.unsqueeze(1) if gradients.dim() == 4 else gradients).to(wide)  # (N, K, C, h, w)
@@ -147,7 +147,7 @@ def class_activation_map(
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `dlu_triton.class_activation_map`."""
-    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
+    eps = _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
     parts = class_activation_parts(activations, gradients, method, eps, relu, size, normalize)
     return (parts.map, parts.weights) if return_weights else parts.map
 

@@ -1219,13 +1219,28 @@ MUTANTS = (
     ),
     Mutant(
         "negative energy", METRICS,
-        "energy = maps.clamp(min=0)", "energy = maps",
+        "torch.float32)).clamp(min=0)", "torch.float32))",
         ("test_metrics.py::test_energy_in_box",),
     ),
     Mutant(
         "drops below zero", METRICS,
-        "(before - after).clamp(min=0) / before", "(before - after) / before",
+        "(before - after).clamp(min=0)", "before - after",
         ("test_metrics.py::test_confidence_change",),
+    ),
+    Mutant(
+        "drops of probabilities of zero", METRICS,
+        "_relative((before - after).clamp(min=0), before)", "(before - after).clamp(min=0) / before",
+        ("test_metrics.py::test_a_probability_of_zero_has_nothing_to_lose",),
+    ),
+    Mutant(
+        "boxes widened in their own type", METRICS,
+        "boxes.to(maps.device, torch.float64)", "boxes.to(maps.device)",
+        ("test_metrics.py::test_boxes_of_every_type",),
+    ),
+    Mutant(
+        "energy summed in the type of the map", METRICS,
+        "maps.to(torch.promote_types(maps.dtype, torch.float32)).clamp(min=0)", "maps.clamp(min=0)",
+        ("test_metrics.py::test_energy_of_large_maps",),
     ),
     Mutant(
         "increase where nothing changes", METRICS,
@@ -1263,13 +1278,18 @@ MUTANTS = (
     ),
     Mutant(
         "eps of zero refused", CHECKS,
-        "if not 0 <= value < math.inf:", "if not 0 < value < math.inf:",
+        "if not 0 <= number <= torch.finfo", "if not 0 < number <= torch.finfo",
         ("test_cam.py::test_by_hand",),
     ),
     Mutant(
         "infinite eps", CHECKS,
-        "if not 0 <= value < math.inf:", "if not 0 <= value:",
+        "if not 0 <= number <= torch.finfo(torch.float32).max:", "if not 0 <= number:",
         ("test_cam.py::test_infinite_eps_is_refused",),
+    ),
+    Mutant(
+        "eps infinite in float32", CHECKS,
+        "<= torch.finfo(torch.float32).max", "<= torch.finfo(torch.float64).max",
+        ("test_checks.py::test_bad_input",),
     ),
     Mutant(
         "as many pixels as there may be refused", CHECKS,

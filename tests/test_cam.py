@@ -350,7 +350,7 @@ def test_constant_maps_are_zero(library, device):
 def test_infinite_eps_is_refused(library, device):
     """It would make every weight zero."""
     a, g = planes(1, 2, 3, 3, device=device)
-    with pytest.raises(ValueError, match="eps must be finite and at least 0, got inf"):
+    with pytest.raises(ValueError, match="eps must be at least 0 and finite in float32, got inf"):
         library.xgrad_cam(a, g, eps=float("inf"))
 
 

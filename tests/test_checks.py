@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 import types
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import dlu_triton
-from dlu_triton import _launch, metrics, reference
+from dlu_triton import _checks, _launch, metrics, reference
 
 
 class Row(NamedTuple):
@@ -218,9 +219,13 @@ ROWS = [
     Row(CAMS, "method", "gradcampp", ValueError, "method must be one of xgradcam, gradcam, gradcam++, hirescam, layercam, elementwise, got 'gradcampp'"),
     Row(CAMS, "method", None, ValueError, "method must be one of xgradcam, gradcam, gradcam++, hirescam, layercam, elementwise, got None"),
     Row(CAMS, "method", torch.ones(2), ValueError, "method must be one of xgradcam, gradcam, gradcam++, hirescam, layercam, elementwise, got tensor([1., 1.])"),
-    Row(CAMS, "eps", -1e-6, ValueError, "eps must be finite and at least 0, got -1e-06"),
-    Row(CAMS, "eps", float("nan"), ValueError, "eps must be finite and at least 0, got nan"),
-    Row(CAMS, "eps", float("inf"), ValueError, "eps must be finite and at least 0, got inf"),
+    Row(CAMS, "eps", -1e-6, ValueError, "eps must be at least 0 and finite in float32, got -1e-06"),
+    Row(CAMS, "eps", float("nan"), ValueError, "eps must be at least 0 and finite in float32, got nan"),
+    Row(CAMS, "eps", float("inf"), ValueError, "eps must be at least 0 and finite in float32, got inf"),
+    Row(CAMS, "eps", np.float16("inf"), ValueError, "eps must be at least 0 and finite in float32, got inf"),
+    Row(CAMS, "eps", 1e39, ValueError, "eps must be at least 0 and finite in float32, got 1e+39"),
+    Row(CAMS, "eps", 10**400, ValueError, f"eps must be at least 0 and finite in float32, got 1{'0' * 400}"),
+    Row(CAMS, "eps", Fraction(-1, 3), ValueError, "eps must be at least 0 and finite in float32, got -1/3"),
     Row(CAMS, "eps", "1", TypeError, "eps must be a number, got '1' of type str"),
     Row(CAMS, "eps", True, TypeError, "eps must be a number, got True of type bool"),
     Row(CAMS, "eps", 1j, TypeError, "eps must be a number, got 1j of type complex"),
@@ -272,7 +277,8 @@ ROWS = [
     Row((*EXPLAINERS, "metrics.channel_drops"), "grid", (4, 0), ValueError, "grid must be at least 1, got 0"),
     Row((*EXPLAINERS, "metrics.channel_drops"), "grid", (1, 2, 3), ValueError, "grid must be an integer or a pair (height, width), got (1, 2, 3)"),
     Row((*EXPLAINERS, "metrics.channel_drops"), "grid", 2.0, TypeError, "grid must be an integer, got 2.0 of type float"),
-    Row(EXPLAINERS, "eps", -1, ValueError, "eps must be finite and at least 0, got -1"),
+    Row(EXPLAINERS, "eps", -1, ValueError, "eps must be at least 0 and finite in float32, got -1"),
+    Row(EXPLAINERS, "eps", 10**400, ValueError, f"eps must be at least 0 and finite in float32, got 1{'0' * 400}"),
     Row(EXPLAINERS, "eps", "small", TypeError, "eps must be a number, got 'small' of type str"),
     Row(("AblationCAM", "metrics.channel_drops"), "batch_size", 0, ValueError, "batch_size must be at least 1, got 0"),
     Row(("AblationCAM", "metrics.channel_drops"), "batch_size", 2.0, TypeError, "batch_size must be an integer, got 2.0 of type float"),
@@ -315,6 +321,11 @@ ROWS += [
     Row(TARGETED, "target", lambda t: np.zeros(2), TypeError, "target must hold integers, got torch.float64"),
     Row(TARGETED, "target", lambda t: torch.zeros(2).bool(), TypeError, "target must hold integers, got torch.bool"),
     Row(TARGETED, "target", lambda t: torch.tensor([[0, 5], [1, 1]]), ValueError, "target must be from 0 to 4, got 5"),
+    Row(TARGETED, "target", lambda t: torch.tensor([0, 5], dtype=torch.uint64), ValueError, "target must be from 0 to 4, got 5"),
+    Row(TARGETED, "target", lambda t: np.array([2**64 - 1, 0], np.uint64), ValueError, f"target must be from 0 to 4, got {2**64 - 1}"),
+    Row(TARGETED, "target", lambda t: torch.zeros(2).to(torch.float8_e4m3fn), TypeError, "target must hold integers, got torch.float8_e4m3fn"),
+    Row(TARGETED, "target", lambda t: torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8), TypeError, "target must hold integers, got torch.qint8"),
+    Row(TARGETED, "target", lambda t: torch.zeros(2, dtype=torch.long, device="meta"), ValueError, "target must hold values, as the class scores on {device}, got a tensor on meta"),
     Row(TARGETED, "target", lambda t: torch.ones(2).long().to_sparse(), TypeError, "target must be a dense tensor, got layout torch.sparse_coo"),
     Row(TARGETED, "target", lambda t: lambda logits: logits.sum(), ValueError, "target must return scores of shape (N,) or (N, K) with N = 2, got ()"),
     Row(TARGETED, "target", lambda t: lambda logits: 1.0, TypeError, "target must return a tensor of scores, got float"),
@@ -335,8 +346,16 @@ ROWS += [
     Row("metrics.sensitivity", "drops", [1.0], TypeError, "drops must be a tensor, got list"),
     Row("metrics.sensitivity", "drops", lambda d: d.long(), TypeError, "drops must be float16, bfloat16, float32 or float64, got torch.int64"),
     Row(BOXED, ("maps", "boxes"), lambda x: x.tolist(), TypeError, "{argument} must be a tensor, got list"),
-    Row(BOXED, ("maps", "boxes"), lambda x: x.bool(), TypeError, "{argument} must hold real numbers, got torch.bool"),
-    Row(BOXED, ("maps", "boxes"), lambda x: x.cfloat(), TypeError, "{argument} must hold real numbers, got torch.complex64"),
+    *(
+        Row(BOXED, "maps", lambda x, dtype=dtype: x.to(dtype), TypeError, f"maps must be float16, bfloat16, float32 or float64, got {dtype}")
+        for dtype in (torch.int64, torch.uint8, torch.uint16, torch.uint64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    ),
+    *(
+        Row(BOXED, "boxes", lambda x, dtype=dtype: x.to(dtype), TypeError, f"boxes must hold integers, or be float16, bfloat16, float32 or float64, got {dtype}")
+        for dtype in (torch.bool, torch.complex64, torch.float8_e4m3fn)
+    ),
+    Row(BOXED, "boxes", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), TypeError, "boxes must hold integers, or be float16, bfloat16, float32 or float64, got torch.qint8"),
+    Row(BOXED, "boxes", lambda x: x.to("meta"), ValueError, "boxes must hold values, as maps on {device}, got a tensor on meta"),
     Row(BOXED, ("maps", "boxes"), lambda x: x.to_sparse(), TypeError, "{argument} must be a dense tensor, got layout torch.sparse_coo"),
     Row(BOXED, "maps", lambda x: x[0], ValueError, "maps must be (N, H, W) or (N, K, H, W) with pixels, got shape (4, 5)"),
     Row(BOXED, "maps", lambda x: x[..., :0], ValueError, "maps must be (N, H, W) or (N, K, H, W) with pixels, got shape (2, 4, 0)"),
@@ -345,7 +364,8 @@ ROWS += [
     Row(BOXED, "boxes", lambda x: x[0], ValueError, "boxes must be (2, 4) or (2, 'B', 4), got (4,)"),
     Row(BOXED, "boxes", lambda x: x[:, None, None], ValueError, "boxes must be (2, 4) or (2, 'B', 4), got (2, 1, 1, 4)"),
     Row(BOXED, "boxes", lambda x: x[0, 0], ValueError, "boxes must be (2, 4) or (2, 'B', 4), got ()"),
-    Row(BOXED, "tolerance", -1, ValueError, "tolerance must be at least 0, got -1"),
+    Row(BOXED, "tolerance", -1, ValueError, f"tolerance must be from 0 to {2**31 - 2**12}, got -1"),
+    Row(BOXED, "tolerance", 2**70, ValueError, f"tolerance must be from 0 to {2**31 - 2**12}, got {2**70}"),
     Row(BOXED, "tolerance", 1.5, TypeError, "tolerance must be an integer, got 1.5 of type float"),
     Row("metrics.confidence_change", "model", None, TypeError, "model must be a torch.nn.Module, got NoneType"),
     Row("metrics.confidence_change", ("inputs", "maps"), None, TypeError, "{argument} must be a tensor, got NoneType"),
@@ -356,6 +376,7 @@ ROWS += [
     Row("metrics.confidence_change", "maps", lambda m: m[0], ValueError, "maps must be (N, H, W) or (N, K, H, W) for inputs (2, 3, 6, 6), got (6, 6)"),
     Row("metrics.confidence_change", "maps", lambda m: m[:, None][:, :0], ValueError, "maps must be (N, H, W) or (N, K, H, W) for inputs (2, 3, 6, 6), got (2, 0, 6, 6)"),
     Row("metrics.confidence_change", "target", torch.tensor([[0, 1], [2, 3]]), ValueError, "target must hold a class for each map, (2,), got tensor([[0, 1],\n        [2, 3]])"),
+    Row("metrics.confidence_change", "target", lambda t: t.to("meta"), ValueError, "target must hold values, as the class scores on {device}, got a tensor on meta"),
     Row("metrics.confidence_change", "target", [0, 5], ValueError, "target must be from 0 to 4, got 5"),
     # Pictures.
     Row("overlay", ("images", "maps"), None, TypeError, "{argument} must be a tensor, got NoneType"),
@@ -371,6 +392,7 @@ ROWS += [
     Row("overlay", "maps", lambda x: x[..., 0], ValueError, "images must be (N, 3, H, W) and maps (N, H, W) or (N, K, H, W), or without N, got (2, 3, 4, 5) and (2, 4)"),
     Row("overlay", "alpha", 1.5, ValueError, "alpha must be from 0 to 1, got 1.5"),
     Row("overlay", "alpha", float("nan"), ValueError, "alpha must be from 0 to 1, got nan"),
+    Row("overlay", "alpha", Fraction(3, 2), ValueError, "alpha must be from 0 to 1, got 3/2"),
     Row("overlay", "alpha", "0.5", TypeError, "alpha must be a number, got '0.5' of type str"),
     Row("overlay", "colormap", "none such", ValueError, "colormap must be one that matplotlib knows, got 'none such'"),
     Row("overlay", "colormap", ["jet"], ValueError, "colormap must be one that matplotlib knows, got ['jet']"),
@@ -445,7 +467,8 @@ OP_ROWS = [
     Row("ops.class_activation_map", "gradients", lambda g: g[..., :4], ValueError, "gradients must have shape (N, K, C, H, W) = (2, 1, 3, 4, 5), got (2, 1, 3, 4, 4)"),
     Row("ops.class_activation_map", "gradients", lambda g: g[:, :0], ValueError, "gradients must have shape (N, C, H, W), or (N, K, C, H, W) for K maps, = (2, 3, 4, 5), got (2, 0, 3, 4, 5)"),
     Row("ops.class_activation_map", "method", "gradcampp", ValueError, "method must be one of xgradcam, gradcam, gradcam++, hirescam, layercam, elementwise, got 'gradcampp'"),
-    Row("ops.class_activation_map", "eps", float("nan"), ValueError, "eps must be finite and at least 0, got nan"),
+    Row("ops.class_activation_map", "eps", float("nan"), ValueError, "eps must be at least 0 and finite in float32, got nan"),
+    Row("ops.class_activation_map", "eps", 1e39, ValueError, "eps must be at least 0 and finite in float32, got 1e+39"),
     Row("ops.weighted_activation_map", "weights", lambda w: w.squeeze(1), ValueError, "weights must have 3 dimensions (N, K, C), got shape (2, 3)"),
     Row("ops.weighted_activation_map", "weights", lambda w: w[..., :2], ValueError, "weights must have shape (N, K, C) = (2, 1, 3), got (2, 1, 2)"),
     Row(CAM_OPS, "activations", lambda a: a[0], ValueError, "activations must have 4 dimensions (N, C, H, W); view tokens (N, T, C) as tokens[:, -H * W:].transpose(1, 2).unflatten(2, (H, W)), got shape (3, 4, 5)"),
@@ -618,9 +641,43 @@ def test_numbers_of_numpy_and_of_tensors_are_numbers(path):
         assert dlu_triton.dlu_upsample(*tensors.values(), kind(2), kind(3), kind(1)).shape == (1, 4, 6, 10)
         assert dlu_triton.CARAFEPack(kind(8), kind(2)).up_kernel == 5
     tensors = take(path, "activations", "gradients").values()
-    for eps in (np.float32(1e-6), np.float64(0), 0, 1):
+    for eps in (
+        np.float16(1),
+        np.float32(1e-6),
+        np.float64(0),
+        0,
+        1,
+        Fraction(1, 10**6),
+        torch.finfo(torch.float32).max,
+    ):
         size = (np.int32(2), np.int64(3))
-        assert dlu_triton.class_activation_map(*tensors, eps=eps, size=size).shape == (2, 2, 3)
+        for library in (dlu_triton, reference):
+            assert library.class_activation_map(*tensors, eps=eps, size=size).shape == (2, 2, 3)
+
+
+def test_fractions_are_numbers_to_explainers_and_overlays(device):
+    model, x = network(device), torch.rand(2, 3, 6, 6, device=device)
+    found, expected = (dlu_triton.XGradCAM(model, "0", eps=eps)(x, 0).raw for eps in (Fraction(1, 8), 0.125))
+    assert torch.equal(found, expected)
+    pytest.importorskip("matplotlib")
+    right = RIGHT["overlay"](device)
+    assert np.array_equal(dlu_triton.overlay(**right, alpha=Fraction(1, 4)), dlu_triton.overlay(**right, alpha=0.25))
+
+
+@pytest.mark.parametrize("dtype", _checks.INTEGERS, ids=str)
+@pytest.mark.parametrize("as_given", (lambda t: t, lambda t: t.numpy()), ids=("tensor", "array"))
+def test_classes_are_integers_of_any_type(dtype, as_given, device):
+    model, x = network(device), torch.rand(2, 3, 6, 6, device=device)
+    classes = torch.tensor([1, 4])
+    found = dlu_triton.GradCAM(model, "0")(x, as_given(classes.to(dtype)))
+    assert torch.equal(found.scores, model(x).detach().gather(1, classes.to(device).unsqueeze(1)).squeeze(1))
+    assert (found.target.dtype, found.target.tolist()) == (torch.int64, [1, 4])
+
+
+def test_meta_tensors_go_together():
+    """Where shapes alone are wanted, nothing is said about values."""
+    maps, boxes = (tensor.to("meta") for tensor in RIGHT["metrics.energy_in_box"]("cpu").values())
+    assert metrics.energy_in_box(maps, boxes).shape == metrics.pointing_hit(maps, boxes).shape == (2,)
 
 
 @pytest.mark.parametrize("name", PACKS)

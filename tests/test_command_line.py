@@ -108,8 +108,8 @@ MISTAKES = [
     (["demo", "{here}/nothing.png"], 1, "dlu_triton demo: error: cannot read {here}/nothing.png: No such file or directory"),
     (["demo", "{here}"], 1, "dlu_triton demo: error: cannot read {here}: Is a directory"),
     (["demo", "{here}/text.png/below.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png/below.png: Not a directory"),
-    (["demo", "{here}/text.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png: not a picture that Pillow knows"),
-    (["demo", "{here}/empty.png"], 1, "dlu_triton demo: error: cannot read {here}/empty.png: not a picture that Pillow knows"),
+    (["demo", "{here}/text.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png: not a picture in a format that the demo reads"),
+    (["demo", "{here}/empty.png"], 1, "dlu_triton demo: error: cannot read {here}/empty.png: not a picture in a format that the demo reads"),
     (["demo", "{here}/part.png"], 1, "dlu_triton demo: error: cannot read {here}/part.png: image file is truncated"),
     (["demo", "{here}/huge.png"], 1, "dlu_triton demo: error: cannot read {here}/huge.png: Image size (2500000000 pixels) exceeds limit of 178956970 pixels, could be decompression bomb DOS attack."),
     (["demo", "{here}/pixel.png"], 1, "dlu_triton demo: error: {here}/pixel.png is too small: 1 x 1 pixels, needs 64 a side"),
@@ -208,10 +208,13 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and devices of PO
 
 
 @posix
-@pytest.mark.parametrize("where", ("a pipe that nobody reads", "a full disk"))
+@pytest.mark.parametrize("where", ("a pipe that nobody reads", "a full disk", "closed"))
 def test_output_that_cannot_be_written(where):
     command = [sys.executable, "-m", "dlu_triton", "complexity"]
-    if where == "a full disk":
+    if where == "closed":  # as by `>&-`
+        process = subprocess.run(command, stderr=subprocess.PIPE, text=True, preexec_fn=partial(os.close, 1))
+        assert process.stderr == "dlu_triton: error: cannot write the output: Bad file descriptor\n"
+    elif where == "a full disk":
         if not os.path.exists("/dev/full"):
             pytest.skip("no device is full")
         with open("/dev/full", "w") as output:

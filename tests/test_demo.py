@@ -92,12 +92,50 @@ def test_values_that_are_not_finite(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_large_pictures_are_read_without_a_warning(monkeypatch, tmp_path, recwarn):
-    """Below twice what Pillow calls a bomb."""
+def test_pictures_that_pillow_warns_of_are_refused(error, monkeypatch, tmp_path, recwarn):
+    """Those beyond twice as many pixels it refuses itself."""
     gradient(size=(100, 100)).save(tmp_path / "picture.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     assert _demo._read(tmp_path / "picture.png").size == (100, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)
+    said = error(tmp_path / "picture.png", tmp_path / "out")
+    assert "Image size (10000 pixels) exceeds limit of 9999 pixels, could be decompression bomb" in said
     assert not recwarn.list
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(picture):
+    """A file in IPTC's newsphoto format, which holds another: layers, width, height, compression and it."""
+    side = (100).to_bytes(4, "big")
+    fields = ((3, 60, b"\1\0"), (3, 20, side), (3, 30, side), (3, 120, b"\5"), (8, 10, picture))
+    return b"".join(b"\x1c" + bytes(tag) + len(value).to_bytes(2, "big") + value for *tag, value in fields)
+
+
+@pytest.mark.parametrize("content", [EPS, iptc(EPS)], ids=("EPS", "EPS in IPTC"))
+def test_no_other_program_is_started(content, error, monkeypatch, tmp_path):
+    (tmp_path / "picture.png").write_bytes(content)
+    plugin = pytest.importorskip("PIL.EpsImagePlugin")
+
+    class Started(BaseException):
+        pass
+
+    def start(*arguments):
+        raise Started
+
+    monkeypatch.setattr(plugin, "Ghostscript", start)
+    # As Pillow does it by itself; old ones fail in files of IPTC before.
+    with pytest.raises((Started, TypeError)), Image.open(tmp_path / "picture.png") as picture:
+        picture.load()
+    assert "not a picture in a format that the demo reads" in error(tmp_path / "picture.png", tmp_path / "out")
+
+
+def test_formats():
+    """Every one but those that the oldest Pillow allowed does not have."""
+    Image.init()
+    assert set(_demo.FORMATS) - set(Image.OPEN) <= {"AVIF"}
+    assert not {"EPS", "IPTC"} & set(_demo.FORMATS)
 
 
 def test_rotated(tmp_path):

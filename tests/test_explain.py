@@ -362,7 +362,7 @@ def test_bad_layers(net, device):
         dlu_triton.XGradCAM(net, "conv1", fuse="max")
     with pytest.raises(ValueError, match="layout must be one of NCHW, NHWC, NTC or None, got 'nchw'"):
         dlu_triton.XGradCAM(net, "conv1", layout="nchw")
-    with pytest.raises(ValueError, match="eps must be finite and at least 0, got -1"):
+    with pytest.raises(ValueError, match="eps must be at least 0 and finite in float32, got -1"):
         dlu_triton.XGradCAM(net, "conv1", eps=-1)
     net.spare = nn.Conv2d(3, 3, 1).to(device)
     with pytest.raises(RuntimeError, match="layer 'spare' did not run"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import dlu_triton
-from dlu_triton import metrics
+from dlu_triton import _checks, metrics
 
 
 def seeded(*modules):
@@ -203,11 +203,45 @@ def test_energy_in_box(device):
     torch.testing.assert_close(metrics.energy_in_box(maps, both)[0].cpu(), torch.tensor(1.0))
 
 
+BOX_TYPES = (*_checks.INTEGERS, *_checks.DTYPES)
+
+
+@pytest.mark.parametrize("dtype", BOX_TYPES, ids=str)
+def test_boxes_of_every_type(dtype, device):
+    """Widened beyond zero and beyond what the type holds, or holds exactly."""
+    maps = torch.zeros(3, 5, 512, device=device)
+    maps[0, 0, 0] = maps[1, 4, 149] = maps[2, 4, 150] = 1
+    boxes = torch.tensor([[1, 1, 3, 3], [100, 3, 120, 5], [100, 3, 120, 5]]).to(dtype)
+    assert metrics.pointing_hit(maps, boxes, tolerance=0).tolist() == [False, False, False]
+    assert metrics.pointing_hit(maps, boxes, tolerance=2).tolist() == [True, False, False]
+    assert metrics.pointing_hit(maps, boxes, tolerance=30).tolist() == [True, True, False]
+    assert metrics.pointing_hit(maps, boxes, tolerance=_checks.MAX_SIZE).all()
+    maps[:, 2, 2] = 1
+    assert metrics.energy_in_box(maps, boxes).tolist() == [0.5, 0, 0]
+
+
+def test_boxes_of_bfloat16_are_widened_exactly(device):
+    """To 269, which it rounds."""
+    maps = torch.zeros(2, 1, 512, device=device)
+    maps[0, 0, 268] = maps[1, 0, 269] = 1
+    boxes = torch.tensor([[200, 0, 256, 1]], dtype=torch.bfloat16).expand(2, 4)
+    assert metrics.pointing_hit(maps, boxes, tolerance=13).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", _checks.DTYPES, ids=str)
+def test_energy_of_large_maps(dtype, device):
+    """Which sums of float16 have no number for, and bfloat16 stops counting at 256."""
+    maps = torch.ones(1, 300, 300, dtype=dtype, device=device)
+    found = metrics.energy_in_box(maps, torch.tensor([[0, 0, 300, 150]]))
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert found.tolist() == [0.5]
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 4), (2, 1, 1, 4)], ids=str)
 def test_bad_boxes(shape):
     with pytest.raises(ValueError, match=r"boxes must be \(2, 4\) or \(2, 'B', 4\), got"):
         metrics.pointing_hit(torch.zeros(2, 5, 5), torch.zeros(shape))
-    with pytest.raises(ValueError, match="tolerance must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="tolerance must be from 0 to 2147479552, got -1"):
         metrics.pointing_hit(torch.zeros(2, 5, 5), torch.zeros(2, 4), tolerance=-1)
 
 
@@ -240,3 +274,15 @@ def test_confidence_change(device):
         metrics.confidence_change(Halves(), x, maps[:1], target)
     with pytest.raises(ValueError, match=r"target must hold a class for each map, \(2,\)"):
         metrics.confidence_change(Halves(), x, maps, torch.tensor([[0, 1], [0, 0]]))
+
+
+def test_a_probability_of_zero_has_nothing_to_lose(device):
+    """It is rounded to zero: a mean over a data set is to stay a number."""
+    logits = nn.Flatten()
+    x = torch.tensor([200.0, 0.0], device=device).view(1, 1, 1, 2).expand(2, 1, 1, 2)
+    maps = torch.tensor([[[0.5, 1.0]], [[0.0, 1.0]]], device=device)
+    found = metrics.confidence_change(logits, x, maps, torch.tensor([1, 1]))
+    assert found.drop.tolist() == [0, 0]
+    assert found.increase.tolist() == [True, True]
+    not_a_number = metrics.confidence_change(logits, x * float("nan"), maps, torch.tensor([1, 1]))
+    assert not_a_number.drop.isnan().all()

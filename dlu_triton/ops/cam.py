@@ -237,7 +237,7 @@ def class_activation_parts(
         cancellation   (N, C), |sum of A| / sum of |A| over the plane. Near zero, signed activations cancel, and the
                        weights of XGrad-CAM, which divide by that sum, are large and mean little.
     """
-    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
+    eps = _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     return _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=True)
 
 
@@ -289,7 +289,7 @@ def class_activation_map(
         TypeError: an argument is not a floating-point tensor or not a number, or float64 is mixed with others.
         ValueError: an unknown method, a shape or the device does not fit.
     """
-    _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
+    eps = _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize, return_weights)
     parts = _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=return_weights)
     return (parts.map, parts.weights) if return_weights else parts.map
 
@@ -354,7 +354,7 @@ def _parts(
         activations,
         gradients if several else gradients.unsqueeze(1),
         method,
-        float(eps),
+        eps,
         relu,
         _checks.map_size(size),
         normalize,
