@@ -439,10 +439,6 @@ def captured(work, warm_up=None):
     return graph, results
 
 
-def on_request(wanted):
-    return deterministic() if wanted else contextlib.nullcontext()
-
-
 @needs_cuda
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("same_bits", (False, True), ids=("", "deterministic"))
@@ -458,7 +454,7 @@ def test_operators_in_a_graph(operator, same_bits, dtype, device):
         output = call(*leaves)
         return output, *torch.autograd.grad(output, leaves, upstream)
 
-    with on_request(same_bits):
+    with deterministic(same_bits):
         graph, results = captured(work)
         for factor in (1, -0.5):
             values = {name: factor * value for name, value in arguments.items()}
@@ -495,7 +491,7 @@ def test_training_in_a_graph(name, same_bits, device, monkeypatch):
                 parameter.sub_(gradient, alpha=0.1)
         return loss.detach()
 
-    with on_request(same_bits):
+    with deterministic(same_bits):
         graph, loss = captured(lambda: step(module), lambda: step(warm))
         for _ in range(2):
             x.normal_()
@@ -531,7 +527,7 @@ def test_graphed_callables(name, device):
 def test_no_host_synchronisation(operator, same_bits, device):
     call = _verify.function(operator, CASE, eager=False)
     arguments = _verify.inputs(operator, CASE, torch.float32, device)
-    with on_request(same_bits):
+    with deterministic(same_bits):
         _verify.results(call, arguments)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
