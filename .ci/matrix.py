@@ -1,12 +1,15 @@
-"""Run tests with other versions of Python, PyTorch and Triton, each in a virtual environment of its own.
+"""Run tests of the built package with other versions of Python, PyTorch and Triton.
 
     python .ci/matrix.py                                              # oldest and newest, the tests that CI runs
     python .ci/matrix.py oldest 3.12/2.11.0/3.6.0 -- tests/test_compile.py tests/test_export.py
 
-prints a table. Versions are "oldest", which is the lower bounds of pyproject.toml; "newest", which is what pip finds
-without any bound; "tested", which is constraints.txt; or versions of Python, torch and Triton, and of other packages as
-in 3.12/2.11.0/3.6.0/numpy==2.0. PyTorch's builds for CUDA take several gigabytes each; with --keep, environments stay
-and are used again.
+prints a table. A source distribution is built, and from it a wheel. For each row this wheel is installed with all that
+it asks for, in a virtual environment of the row's own, and tested by the tests of the source distribution.
+
+Versions are "oldest", which is the lower bounds of pyproject.toml; "newest", which is what pip finds without any bound;
+"tested", which is constraints.txt; or versions of Python, torch and Triton, and of other packages as in
+3.12/2.11.0/3.6.0/numpy==2.0. PyTorch's builds for CUDA take several gigabytes each; with --keep, environments stay and
+are used again.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import tomllib
@@ -27,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
 COLUMNS = ("python", "torch", "triton", "numpy", "passed", "failed", "skipped", "seconds")
 FOUND = """
-import platform, numpy, torch, triton
+import pathlib, platform, sys, dlu_triton, numpy, torch, triton
+assert pathlib.Path(dlu_triton.__file__).is_relative_to(sys.prefix), f"imports {dlu_triton.__file__}"
 print(platform.python_version(), *(package.__version__ for package in (torch, triton, numpy)))
 """
 
@@ -68,37 +73,76 @@ def newest_python() -> str:
     return ".".join(str(part) for part in max(pythons())[0])
 
 
-def environment(folder: Path, versions: str) -> Path:
-    """The interpreter of an environment with these versions and all that tests need."""
+def tracked_files(folder: Path) -> Path:
+    """A copy of the project without what installing, building and testing leave in a clone."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in (name for name in names if ROOT.joinpath(name).is_file()):
+        folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def distributions(folder: Path) -> tuple[Path, Path]:
+    """The source distribution, and the wheel that is built from it."""
+    python = folder / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", folder / "environment"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True)
+    source = tracked_files(folder / "project")
+    subprocess.run([python, "-m", "build", "--outdir", folder, source], stdout=subprocess.DEVNULL, check=True)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+def tests_of(sdist: Path, folder: Path) -> Path:
+    """The source distribution unpacked, without the package, so that its tests import the one that is installed."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    for path in tree.glob("dlu_triton*"):  # and its egg-info
+        shutil.rmtree(path)
+    return tree
+
+
+def environment(folder: Path, versions: str, wheel: Path) -> Path:
+    """The interpreter of an environment with the wheel, these versions and all that tests need."""
     version, lines = constraints(versions)
     base = next((path for found, path in pythons() if ".".join(map(str, found)) == version), None)
     if base is None:
-        raise SystemExit(f"there is no Python {version} here")
+        raise FileNotFoundError(f"there is no Python {version} here")
     subprocess.run([base, "-m", "venv", folder], check=True)
     listed = folder / "constraints.txt"
     listed.write_text("\n".join(lines))
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-c", listed]
-    subprocess.run([*install, "-e", f"{ROOT}[test]"], check=True)
+    pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--quiet", "uninstall", "-y", PROJECT["name"]], check=True)  # where environments are kept
+    subprocess.run([*pip, "install", "--no-cache-dir", "-c", listed, f"{wheel}[test]"], check=True)
     return python
 
 
-def run(python: Path, selection: list[str]) -> tuple[dict[str, object], list[str]]:
-    """A row of the table, and the tests that failed."""
-    versions = subprocess.run([python, "-c", FOUND], capture_output=True, text=True, check=True).stdout.split()
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-        command = [python, "-m", "pytest", "--quiet", f"--junitxml={report}", *selection]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, check=False)
-        cases = xml.parse(report).findall(".//testcase") if report.exists() else []
+def outcome(report: Path, status: int) -> tuple[int, list[str], int]:
+    """How many tests passed, what failed, and how many were skipped, by pytest's report and exit status."""
+    cases = xml.parse(report).findall(".//testcase") if report.exists() else []
     of = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in (*of["failure"], *of["error"])]
     passed = len(cases) - len(failed) - len(of["skipped"])
-    if not cases:
-        failed = ["nothing ran"]
-    row = (*versions, passed, len(failed), len(of["skipped"]), round(time.perf_counter() - start))
+    if status not in (0, 1) or (status == 1 and not failed):  # interrupted, an internal error, nothing to run
+        failed.append(f"pytest exited with {status}")
+    elif not cases:
+        failed.append("nothing ran")
+    return passed, failed, len(of["skipped"])
+
+
+def run(python: Path, tree: Path, selection: list[str]) -> tuple[dict[str, object], list[str]]:
+    """A row of the table, and what failed."""
+    found = subprocess.run([python, "-c", FOUND], cwd=tree, stdout=subprocess.PIPE, text=True, check=True)
+    start = time.perf_counter()
+    report = tree / "report.xml"
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    command = [python, "-m", "pytest", "--quiet", f"--junitxml={report}", *selection]
+    status = subprocess.run(command, cwd=tree, env={**os.environ, "PATH": path}, check=False).returncode
+    passed, failed, skipped = outcome(report, status)
+    row = (*found.stdout.split(), passed, len(failed), skipped, round(time.perf_counter() - start))
     return dict(zip(COLUMNS, row, strict=True)), failed
 
 
@@ -109,16 +153,21 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", help="oldest, newest, tested, PYTHON/TORCH/TRITON[/PACKAGE==...]")
     parser.add_argument("--keep", type=Path, help="a folder for the environments, which stay there")
     options = parser.parse_args(arguments[:split])
+    os.environ.pop("PYTHONPATH", None)  # of a package that is not installed
     rows, failures = [], []
-    for versions in options.versions or ("oldest", "newest"):
-        folder = Path(options.keep or tempfile.mkdtemp()).resolve() / versions.replace("/", "-")
-        try:
-            row, failed = run(environment(folder, versions), arguments[split + 1 :])
-        finally:
-            if not options.keep:
-                shutil.rmtree(folder.parent)
-        rows.append(row)
-        failures += [f"{versions}: {name}" for name in failed]
+    with tempfile.TemporaryDirectory() as temporary:
+        sdist, wheel = distributions(Path(temporary).resolve())
+        for versions in options.versions or ("oldest", "newest"):
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary).resolve()
+                kept = (options.keep or folder).resolve() / versions.replace("/", "-")
+                try:
+                    python = environment(kept, versions, wheel)
+                    row, failed = run(python, tests_of(sdist, folder / "sdist"), arguments[split + 1 :])
+                except (FileNotFoundError, subprocess.CalledProcessError) as error:
+                    row, failed = {**dict.fromkeys(COLUMNS, "-"), "python": versions, "failed": 1}, [str(error)]
+            rows.append(row)
+            failures += [f"{versions}: {name}" for name in failed]
     print(*failures, sep="\n")
     for row in ({name: name for name in COLUMNS}, *rows):
         print("".join(f"{row[name]!s:>{14 if name in COLUMNS[:4] else 9}}" for name in COLUMNS))

@@ -12,7 +12,7 @@ README gets a summary; the tables of every case are bench/results/gpu.md and cpu
 one selection, `--shard 1/4` in bench/results/gpu-1.json and so on: all of them, of one commit on one kind of machine. A
 run that failed in part, or that -k or -m cut short, is refused.
 
-Draws with the matplotlib of constraints.txt: another one may draw other bytes, and then the plots count as out of date.
+Draws with matplotlib and numpy of constraints.txt: others may draw other bytes; plots then count as out of date.
 """
 
 import argparse

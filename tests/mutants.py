@@ -74,6 +74,7 @@ def by_hand(test: str) -> str:
 
 SHIFTS = by_hand("test_carafe_one_hot_mask_is_a_shift")
 CLAMP = by_hand("test_clamp_and_its_gradient")
+STATE = "test_devices.py::test_calls_draw_no_random_number_and_change_no_setting"
 OFFSETS = by_hand("test_offset_channels_are_x_then_y_within_each_group")
 
 # fmt: off
@@ -1246,6 +1247,24 @@ MUTANTS = (
         "increase where nothing changes", METRICS,
         "after > before", "after >= before",
         ("test_metrics.py::test_confidence_change",),
+    ),
+    # What is not theirs
+    Mutant(
+        "storage of kernels filled with random numbers", LAUNCH,
+        "return torch.empty(shape, dtype=dtype, device=kernel_space.device)",
+        "return torch.rand(shape, dtype=dtype, device=kernel_space.device)",
+        (STATE,),
+    ),
+    Mutant(
+        "storage of maps filled with random numbers", CAM,
+        "return torch.empty(shape, dtype=_launch", "return torch.rand(shape, dtype=_launch",
+        (STATE,),
+    ),
+    Mutant(
+        "a request for the same bits withdrawn", DLU,
+        "return not torch.are_deterministic_algorithms_enabled()",
+        "return not torch.are_deterministic_algorithms_enabled() or torch.use_deterministic_algorithms(False)",
+        (STATE,),
     ),
     # Argument rules
     Mutant("lower bound left out", CHECKS, "number < low or", "number < low - 1 or", ("test_checks.py::test_bad_input",)),

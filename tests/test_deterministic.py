@@ -21,8 +21,8 @@ CASE = Case("", channels=4, height=6, width=6, kernel_size=3, reach=2.0)
 
 
 @contextlib.contextmanager
-def deterministic(*, warn_only=False):
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+def deterministic(wanted=True, *, warn_only=False):
+    torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
     try:
         yield
     finally:

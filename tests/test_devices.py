@@ -9,10 +9,13 @@ import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import dlu_triton
-from dlu_triton import CARAFE, CARAFEPack, DLUPack, Explanation, FusedExplanation, _verify
+from dlu_triton import CARAFE, CARAFEPack, DLUPack, Explanation, FusedExplanation, _checks, _verify
 
 
 @pytest.fixture(autouse=True)
@@ -421,6 +424,50 @@ def test_defaults_change_nothing(default, dtype, device):
     assert torch.equal(found, expected)
 
 
+def global_state():
+    """Where generators of random numbers are, and settings, by name."""
+    name, keys, *others = np.random.get_state()  # noqa: NPY002
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    settings = (
+        torch.get_default_dtype, torch.get_default_device, torch.is_grad_enabled, torch.is_inference_mode_enabled,
+        torch.are_deterministic_algorithms_enabled, torch.is_deterministic_algorithms_warn_only_enabled,
+        torch.is_anomaly_enabled, torch.get_num_threads, np.geterr,
+    )  # fmt: skip
+    return {
+        "torch": [state.tolist() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())],
+        "numpy": [name, keys.tolist(), *others],
+        "random": random.getstate(),
+        **{setting.__name__: setting() for setting in settings},
+        **{f"autocast on {kind}": torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")},
+        "precision": [each.fp32_precision for each in (torch.backends, cuda.matmul, cudnn.conv, cudnn.rnn)],
+        **{f"cudnn.{name}": getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")},
+    }
+
+
+def every_call(device):
+    """By name: upsamplers with their gradients, and maps with all that is known besides."""
+    for operator in _verify.OPERATORS:
+        arguments = _verify.inputs(operator, CASE, torch.float32, device)
+        yield operator, partial(_verify.results, _verify.function(operator, CASE, eager=False), arguments)
+    a, g = torch.rand(2, 1, 3, 4, 5, device=device)
+    for method in _checks.CAM_METHODS:
+        yield method, partial(dlu_triton.class_activation_map, a, g, method, size=(5, 6), normalize=True)
+    yield "parts", partial(dlu_triton.class_activation_parts, a, g)
+    yield "weighted", partial(dlu_triton.weighted_activation_map, a, g.mean((2, 3)))
+
+
+@pytest.mark.parametrize("others", (False, True), ids=("", "other settings"))
+def test_calls_draw_no_random_number_and_change_no_setting(others, path):
+    """As PyTorch starts, and where settings that calls may look at are others."""
+    calls = list(every_call(path))
+    with default_dtype(torch.float64) if others else contextlib.nullcontext(), deterministic(others):
+        before = global_state()
+        for name, call in calls:
+            call()
+            after = global_state()
+            assert [key for key in before if after[key] != before[key]] == [], name
+
+
 @every_pack
 def test_modules_of_a_default_device_and_type(name, device):
     module, inputs = make(name, device)
@@ -453,10 +500,6 @@ def captured(work, warm_up=None):
     return graph, results
 
 
-def on_request(wanted):
-    return deterministic() if wanted else contextlib.nullcontext()
-
-
 @needs_cuda
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("same_bits", (False, True), ids=("", "deterministic"))
@@ -472,7 +515,7 @@ def test_operators_in_a_graph(operator, same_bits, dtype, device):
         output = call(*leaves)
         return output, *torch.autograd.grad(output, leaves, upstream)
 
-    with on_request(same_bits):
+    with deterministic(same_bits):
         graph, results = captured(work)
         for factor in (1, -0.5):
             values = {name: factor * value for name, value in arguments.items()}
@@ -509,7 +552,7 @@ def test_training_in_a_graph(name, same_bits, device, monkeypatch):
                 parameter.sub_(gradient, alpha=0.1)
         return loss.detach()
 
-    with on_request(same_bits):
+    with deterministic(same_bits):
         graph, loss = captured(lambda: step(module), lambda: step(warm))
         for _ in range(2):
             x.normal_()
@@ -545,7 +588,7 @@ def test_graphed_callables(name, device):
 def test_no_host_synchronisation(operator, same_bits, device):
     call = _verify.function(operator, CASE, eager=False)
     arguments = _verify.inputs(operator, CASE, torch.float32, device)
-    with on_request(same_bits):
+    with deterministic(same_bits):
         _verify.results(call, arguments)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,6 +1,5 @@
 """Bad values and bad layouts: no address outside of an argument, and damage that stays where README says."""
 
-import contextlib
 import math
 import os
 import re
@@ -18,16 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from conftest import INTERPRETED
+from selection import long
+from test_deterministic import deterministic
 
 import dlu_triton
 from dlu_triton import _launch, _verify, reference
 from dlu_triton._verify import Case
-
-
-def long(*values):
-    """Parameters that are tried on request."""
-    return (pytest.param(value, marks=pytest.mark.long) for value in values)
-
 
 by_name = {"ids": lambda value: getattr(value, "name", None) or str(value).removeprefix("torch.")}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="addresses are those of the interpreter")
@@ -324,15 +319,6 @@ def places(operator, case, name, shape):
         middle = case.kernel_size**2 // 2
         return (0, middle, 0, 0), (0, c - case.kernel_size**2 + middle, h // 2, w // 2), (0, middle + 1, edge, edge)
     return (0, 0, 0, 0), (0, last, h // 2, w // 2), (0, c // 2 - 1, min(edge, h - 1), edge)
-
-
-@contextlib.contextmanager
-def deterministic(wanted):
-    torch.use_deterministic_algorithms(wanted)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @cache

@@ -19,6 +19,7 @@ from dlu_triton import _count, _verify
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text()
+CONSTRAINTS = dict(re.findall(r"^([\w-]+)==(\S+)$", ROOT.joinpath("constraints.txt").read_text(), re.MULTILINE))
 UPSAMPLE, DEFINITIONS, EXPLAIN, MIGRATION, SUBCLASS, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CHECKS = {
     UPSAMPLE: "assert output.shape == (2, 64, 50, 84) and features.grad is not None",
@@ -64,11 +65,10 @@ def test_versions_are_those_of_the_project():
     assert f"with Python {python} or newer" in text
     assert f"the torch you have ({torch_} or newer, with Triton {triton_} or newer;" in text
     assert settings["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"
-    constraints = dict(re.findall(r"^([\w-]+)==(\S+)$", ROOT.joinpath("constraints.txt").read_text(), re.MULTILINE))
     extras = project["optional-dependencies"].values()
     for requirement in map(Requirement, chain(project["dependencies"], *extras)):
         if requirement.name != project["name"]:
-            assert requirement.specifier.contains(constraints[requirement.name]), requirement
+            assert requirement.specifier.contains(CONSTRAINTS[requirement.name]), requirement
     for name, specifier in required.items():
         assert specifier.contains(importlib.metadata.version(name), prereleases=True)
 
@@ -129,4 +129,8 @@ def test_migration(device):
 def test_tables_and_plots_are_those_of_the_results():
     pytest.importorskip("matplotlib")
     done = subprocess.run([sys.executable, ROOT / "bench" / "report.py", "--check"], capture_output=True, text=True)
+    stale = re.findall(r"^(\S+) is out of date", done.stderr, re.MULTILINE)
+    others = [name for name in ("matplotlib", "numpy") if importlib.metadata.version(name) != CONSTRAINTS[name]]
+    if stale and others and all(name.endswith(".svg") for name in stale):
+        pytest.skip(f"draws with {' and '.join(others)} of another version")
     assert done.returncode == 0, done.stderr

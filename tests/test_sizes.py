@@ -4,7 +4,6 @@ Nothing that is huge is computed as a whole in the interpreter. Memory is commit
 of millions of programs the first and the last run; or the strides alone are huge.
 """
 
-import contextlib
 import gc
 import itertools
 import math
@@ -20,6 +19,8 @@ import triton
 import triton.language as tl
 from conftest import INTERPRETED
 from selection import long
+from test_deterministic import deterministic
+from test_operators import assert_within_bounds
 from triton.runtime import interpreter
 
 import dlu_triton
@@ -53,23 +54,9 @@ def far_apart(x, axis, stride=FAR, before=0):
     return lazy(before + extent, x.dtype).as_strided(x.shape, strides, before).copy_(x)
 
 
-def assert_within_bounds(operator, case, dtype, device):
-    for name, found in _verify.compare(operator, case, dtype, device).items():
-        assert found.passed, f"{name}: kernel {found.kernel:.2e}, eager {found.eager:.2e}, bound {found.bound:.2e}"
-
-
 def assert_same(found, expected, **tolerance):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda t, name=name: f"{name}: {t}")
-
-
-@contextlib.contextmanager
-def deterministic(wanted=True):
-    torch.use_deterministic_algorithms(wanted)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
