@@ -845,8 +845,9 @@ def accuracy(root: Path, *, allow_dirty: bool) -> str:
     cases = sum(row["cases"] for row in rows)
     parts = [
         f"{where}: torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit'][:12]}, "
-        f"`{path}`. Largest errors of {cases} results, in units of the largest value of each, beside (those of eager "
-        "PyTorch in the same type, which in float64 are the measure):"
+        f"`{path}`. Largest errors of {cases} results of `python -m dlu_triton verify`, without mixed types and "
+        "without what is zero, in units of the largest value of each, beside (those of eager PyTorch in the same type, "
+        "which in float64 are the measure):"
     ]
     for title, columns in (("upsampling", UPSAMPLED), ("maps", MAPPED)):
         chosen = [row for row in rows if (row["operator"] == "class_activation_map") == (title == "maps")]

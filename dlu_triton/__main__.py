@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import _checks, _launch
+from . import __version__, _checks, _launch
 
 MOST = 1_000_000  # of whatever a command counts
 FAILED, INTERRUPTED = 1, 130
@@ -25,6 +25,12 @@ def positive_integer(text: str) -> int:
         return _checks.integer("the number", value, 1, MOST)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    if not text:  # which pathlib takes for the current folder
+        raise argparse.ArgumentTypeError("a path must have characters, got ''")
+    return Path(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -57,22 +63,24 @@ def _run(arguments: list[str]) -> int:
         epilog="Exit status: 0; 1 if a check fails or something cannot be read, written or imported; 2 after wrong "
         "arguments; 130 after Ctrl-C.",
     )
+    parser.add_argument("--version", action="version", version=f"dlu_triton {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "verify", help="compare the kernels with float64 on the GPU, or in Triton's interpreter where there is none"
     )
     demo = commands.add_parser(
-        "demo", help="train DLU and CARAFE on a photograph for some seconds and show them beside nearest and bilinear"
+        "demo",
+        help="train DLU and CARAFE on a photograph, without a GPU for minutes, and show them beside interpolation",
     )
-    demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="default: a photograph from the package")
+    demo.add_argument("image", nargs="?", type=path, metavar="IMAGE", help="default: a photograph from the package")
     demo.add_argument(
-        "--out", type=Path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
+        "--out", type=path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
     )
     explain = commands.add_parser(
         "explain", help="train a small network to find digits on photographs, and measure every class activation map"
     )
     explain.add_argument(
-        "--out", type=Path, default=Path("dlu_explain"), metavar="DIR", help="folder of the results (%(default)s)"
+        "--out", type=path, default=Path("dlu_explain"), metavar="DIR", help="folder of the results (%(default)s)"
     )
     complexity = commands.add_parser(
         "complexity", help="count parameters and FLOPs of DLU and CARAFE, and check them against the papers' formulas"

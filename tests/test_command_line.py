@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dlu_triton
 from dlu_triton import __main__, _verify
 
 
@@ -105,6 +106,8 @@ MISTAKES = [
     (["complexity", "--channels"], 2, "python -m dlu_triton complexity: error: argument --channels: expected one argument"),
     (["demo", "one.png", "two.png"], 2, "python -m dlu_triton: error: unrecognized arguments: two.png"),
     (["demo", "--out"], 2, "python -m dlu_triton demo: error: argument --out: expected one argument"),
+    (["demo", ""], 2, "python -m dlu_triton demo: error: argument IMAGE: a path must have characters, got ''"),
+    (["explain", "--out", ""], 2, "python -m dlu_triton explain: error: argument --out: a path must have characters, got ''"),
     (["demo", "{here}/nothing.png"], 1, "dlu_triton demo: error: cannot read {here}/nothing.png: No such file or directory"),
     (["demo", "{here}"], 1, "dlu_triton demo: error: cannot read {here}: Is a directory"),
     (["demo", "{here}/text.png/below.png"], 1, "dlu_triton demo: error: cannot read {here}/text.png/below.png: Not a directory"),
@@ -184,6 +187,12 @@ def test_a_picture_that_may_not_be_read_or_a_folder_that_may_not_be_made(command
         assert __main__.main([command, str(tmp_path / "a.png")]) == 1
         expected = f"dlu_triton demo: error: cannot read {tmp_path / 'a.png'}: Permission denied\n"
         assert capsys.readouterr().err == expected
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        __main__.main(["--version"])
+    assert capsys.readouterr().out == f"dlu_triton {dlu_triton.__version__}\n"
 
 
 def test_help_tells_the_exit_statuses(capsys):
