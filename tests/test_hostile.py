@@ -314,11 +314,11 @@ def places(operator, case, name, shape):
     """A corner, the middle, and the last element of a tile, in groups and channels of their own, of the first image."""
     _, c, h, w = shape
     edge = 7 if name in ("grad_output", "masks") else 3
-    last = c - 1
+    inside = min(edge, h - 1), edge
     if name == "masks":  # the taps that weigh the pixel itself, and beside it
         middle = case.kernel_size**2 // 2
-        return (0, middle, 0, 0), (0, c - case.kernel_size**2 + middle, h // 2, w // 2), (0, middle + 1, edge, edge)
-    return (0, 0, 0, 0), (0, last, h // 2, w // 2), (0, c // 2 - 1, min(edge, h - 1), edge)
+        return (0, middle, 0, 0), (0, c - case.kernel_size**2 + middle, h // 2, w // 2), (0, middle + 1, *inside)
+    return (0, 0, 0, 0), (0, c - 1, h // 2, w // 2), (0, c // 2 - 1, *inside)
 
 
 @cache
