@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     long = config.getoption("--long")
     settings.register_profile(
         "long" if long else "default",
-        max_examples=200 if long else 3,  # few, as each size of kernel and scale is compiled on a GPU
+        max_examples=200 if long else 8 if INTERPRETED else 3,  # on a GPU each size of kernel and scale is compiled
         derandomize=not long,
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if long else [])],
         deadline=None,
