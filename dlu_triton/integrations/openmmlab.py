@@ -25,10 +25,11 @@ try:
     from mmengine.model import BaseModule, ModuleList
     from mmengine.registry import MODELS
 except ModuleNotFoundError as error:
-    if error.name not in ("mmcv", "mmengine"):
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("mmcv", "mmengine"):
         raise
     raise ImportError(
-        f"dlu_triton.integrations.openmmlab needs mmengine and mmcv 2, and there is no {error.name}: "
+        f"dlu_triton.integrations.openmmlab needs mmengine and mmcv 2, and there is no {missing}: "
         "pip install mmengine mmcv-lite (or mmcv; its compiled operators are not needed)"
     ) from error
 
