@@ -216,7 +216,7 @@ def _whole(axes: list[Axes], learned: Learned, places: dict[str, tuple[tuple[int
 
 
 def _bar(shown: object, axis: Axes, extend: str = "neither") -> None:
-    axis.figure.colorbar(shown, ax=axis, location="bottom", fraction=0.06, pad=0.02, extend=extend)
+    axis.figure.colorbar(shown, cax=axis.inset_axes((0, -0.12, 1, 0.07)), orientation="horizontal", extend=extend)
 
 
 def _patch(axis: Axes, learned: Learned, row: int, column: int, reach: float, alpha: float, colour: str) -> None:
