@@ -48,6 +48,7 @@ FORMATS = (
     "AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
+TITLE = "What DLU does at an edge and in a flat region, after {steps} steps"
 MIN_SIDE, MAX_SIDE = 64, 512  # pixels of the picture
 MAX_ASPECT = 2
 SCALE = 2
@@ -138,8 +139,7 @@ def _run(original: Image.Image, name: str, out: Path, steps: int) -> dict[str, P
     figures = {"The pictures side by side": (RESULT, _sheet(original, small, plain, results, caption))}
     if learned is not None:
         print(textwrap.fill(_learned.caption(learned), 100))
-        title = f"What DLU does at an edge and in a flat region, after {steps} steps"
-        figures["Kernels and offsets"] = (KERNELS, _learned.picture(learned, title))
+        figures["Kernels and offsets"] = (KERNELS, _learned.picture(learned, TITLE.format(steps=steps)))
     for file, figure in figures.values():
         try:
             figure.savefig(out / file, dpi=DPI)
