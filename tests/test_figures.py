@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+import dlu_triton
+
 ROOT = Path(__file__).parents[1]
 if not ROOT.joinpath("docs").exists():
     pytest.skip("compares the pages beside the tests", allow_module_level=True)
@@ -88,6 +90,19 @@ def test_page_says_what_is_on_the_picture():
         described = picture.text["Description"]
     assert described.startswith("Means over the whole image, on edges")
     assert described in " ".join(ROOT.joinpath("docs", "dlu.md").read_text().split())
+
+
+def test_page_has_the_costs_of_the_formulas():
+    text = ROOT.joinpath("docs", "dlu.md").read_text()
+    rows = re.findall(r"^\| (\d+)× \| (.+) \|$", text, re.MULTILINE)
+    assert [scale for scale, _ in rows] == ["2", "16"]
+    for scale, cells in rows:
+        cost = dlu_triton.complexity(256, int(scale))
+        expected = [f"{cost.carafe.parameters:,}", f"{cost.dlu.parameters:,}", f"{cost.parameters_saved:.1%}"]
+        expected += [f"{cost.carafe.flops:,}", f"{cost.dlu.flops:,}", f"{cost.flops_saved:.1%}"]
+        assert cells.split(" | ") == expected
+        assert f"{cost.dlu.interpolation_flops:,}" in text
+        assert f"{2 * int(scale) ** 2 * 25 * 256:,}" in text
 
 
 def test_files_are_small():
