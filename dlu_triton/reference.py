@@ -31,7 +31,10 @@ __all__ = [
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     """See `dlu_triton.carafe`.
 
-    out[c, i, j] = sum over u, v in -r..r of masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
+    In short::
+
+        out[c, i, j] = sum over u, v in -r..r of
+                       masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
     """
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
     _, c, h, w = features.shape
@@ -102,11 +105,11 @@ def dlu_upsample(
 class CAMParts(NamedTuple):
     """Class activation maps and what their pass over the activations knows besides; K only for K maps an image."""
 
-    map: Tensor  # (N, [K,] H, W)
-    raw: Tensor  # (N, [K,] h, w), signed: before ReLU, resize and normalisation
-    weights: Tensor | None  # (N, [K,] C); None for methods that weigh every pixel
-    contributions: Tensor  # (N, [K,] C), the sum over the pixels of each channel's share of `raw`
-    cancellation: Tensor  # (N, C), |sum of A| / sum of |A|: 1 without cancellation (and for a dead channel), 0 in full
+    map: Tensor  #: (N, [K,] H, W)
+    raw: Tensor  #: (N, [K,] h, w), signed, before ReLU, resize and normalisation
+    weights: Tensor | None  #: (N, [K,] C); None for methods that weigh every pixel
+    contributions: Tensor  #: (N, [K,] C), the sum over the pixels of each channel's share of `raw`
+    cancellation: Tensor  #: (N, C), `|sum of A| / sum of |A|`, 1 without cancellation, and for a dead channel
 
 
 def class_activation_parts(

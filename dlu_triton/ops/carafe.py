@@ -120,7 +120,7 @@ carafe_upsample_op.gradients.register_flops(
 def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
     """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.2).
 
-    With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image:
+    With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image::
 
         out[c, i, j] = sum over u, v in -r..r of
                        masks[g(c), (u + r) * kernel_size + v + r, i, j] * features[c, i//scale + u, j//scale + v]

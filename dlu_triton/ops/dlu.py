@@ -391,7 +391,7 @@ def expand_kernels(
 ) -> Tensor:
     """Reassembly kernels of every output pixel, sampled from a kernel space (DLU, arXiv 2410.22139).
 
-    S = softmax of kernel_space over the kernel_size^2 channels of each group; then
+    S = softmax of kernel_space over the kernel_size^2 channels of each group; then::
 
         masks[g, :, i, j] = S[g] sampled bilinearly at x = clamp(j // scale + dx, 0, W - 1),
                                                        y = clamp(i // scale + dy, 0, H - 1)
