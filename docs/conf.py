@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone is documented as it is, installed or not
 
-import dlu_triton  # noqa: E402
+import dlu_triton
 
 project = "dlu_triton"
 copyright = "the authors of dlu_triton"  # as in LICENSE
@@ -14,12 +14,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 default_role = "literal"  # docstrings have names in single backticks
 
+highlight_language = "none"  # of indented blocks
+
 html_theme = "furo"
 html_title = f"dlu_triton {release}"
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"  # prompts and output of consoles
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

@@ -14,8 +14,8 @@ from torch import nn
 
 import dlu_triton
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
-RECIPE = re.findall(r"```python\n(import dlu_triton\nimport pytorch_grad_cam\n.*?)```", README, re.DOTALL)[0]
+PAGE = Path(__file__).parents[1].joinpath("docs", "explain.md").read_text()
+RECIPE = re.findall(r"```python\n(import dlu_triton\nimport pytorch_grad_cam\n.*?)```", PAGE, re.DOTALL)[0]
 
 CLASSES = 5
 TARGET = [1, 4, 2]  # one per image
