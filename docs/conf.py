@@ -19,6 +19,8 @@ highlight_language = "none"  # of indented blocks
 html_theme = "furo"
 html_title = f"dlu_triton {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 copybutton_exclude = ".linenos, .gp, .go"  # prompts and output of consoles
 
 myst_enable_extensions = ["colon_fence"]

@@ -171,7 +171,7 @@ def carafe(
             that of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
         precision is summed in float32.
 
@@ -210,7 +210,7 @@ def carafe_upsample(
             of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Softmax
         and sums are float32 at least.
 

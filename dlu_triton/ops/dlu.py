@@ -410,7 +410,7 @@ def dlu_upsample(
     Float32 and half precision may be mixed among the three tensors; float64 goes with float64 only.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
         precision is summed in float32; coordinates are float32 (float64 for float64). A NaN offset makes its own
         output NaN.
