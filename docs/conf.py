@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a clone is documented as i
 import dlu_triton
 
 project = "dlu_triton"
-copyright = "the authors of dlu_triton"  # as in LICENSE
+copyright = "the dlu_triton authors"  # as in LICENSE
 release = dlu_triton.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
