@@ -198,8 +198,9 @@ def test_one_graph_for_all_sizes(pack, device):
 
 
 ON_A_CPU = """
+import pytest
 import torch
-from dataclasses import replace
+import dlu_triton
 from dlu_triton import _launch, _verify
 assert not _launch.INTERPRETED
 case = _verify.Case("", batch=2, channels=6, height=5, width=7, kernel_size=3, groups=2, output_size=(9, 13))
@@ -210,6 +211,22 @@ for operator in _verify.OPERATORS:
     found, expected = (_verify.results(each, given) for each in (compiled, call))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+class Merge(torch.nn.Module):
+    def forward(self, coarse, logits, fine):
+        return fine + dlu_triton.carafe_upsample(coarse, logits, 2, 3, output_size=fine.shape[-2:])
+
+sizes = {axis: torch.export.Dim.DYNAMIC for axis in (2, 3)}
+inputs = torch.randn(2, 4, 5, 6), torch.randn(2, 36, 5, 6)
+for strict in (False, True):
+    exported = torch.export.export(
+        Merge(), (*inputs, torch.randn(2, 4, 9, 11)), dynamic_shapes=(sizes,) * 3, strict=strict
+    ).module()
+    for rows, cols in ((9, 11), (10, 12), (7, 5)):
+        fine = torch.randn(2, 4, rows, cols)
+        torch.testing.assert_close(exported(*inputs, fine), Merge()(*inputs, fine), rtol=1e-4, atol=1e-4)
+    with pytest.raises((RuntimeError, ValueError, AssertionError)):
+        exported(*inputs, torch.randn(2, 4, 11, 12))
 """
 
 

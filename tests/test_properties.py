@@ -69,10 +69,12 @@ class Trial:
 
 @st.composite
 def trials(draw, operator, dtype):
-    names = INPUTS[operator]
+    names, case = INPUTS[operator], draw(cases())
+    whole = (case.scale_factor * case.height, case.scale_factor * case.width)
+    cut = st.tuples(*(st.integers(1, side) | st.integers(max(1, side - case.scale_factor), side) for side in whole))
     others = st.just(dtype) if dtype == torch.float64 else st.just(dtype) | st.sampled_from(NARROW)
     return Trial(
-        draw(cases()),
+        replace(case, output_size=draw(st.none() | cut)),
         {names[0]: dtype, **{name: draw(others) for name in names[1:]}},
         {name: draw(st.sampled_from(LAYOUTS)) for name in (*names, "grad_output")},
         tuple(name for name in names if draw(st.booleans())) if draw(st.booleans()) else names,

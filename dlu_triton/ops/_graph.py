@@ -59,7 +59,7 @@ def expand_kernels(
     n, c, h, w = kernel_space.shape
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor)
-    return _laid_out_as(kernel_space, reference.cut(masks, output_size))
+    return _laid_out_as(kernel_space, _cut(masks, output_size))
 
 
 def dlu_upsample(
@@ -123,14 +123,22 @@ def _reassemble(
         windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
         taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
         sums = (windows * taps).sum((7, 8))  # (N, G, C/G, H, s, W, s)
-        return _laid_out_as(features, reference.cut(sums.reshape(n, c, s * h, s * w), output_size))
+        return _laid_out_as(features, _cut(sums.reshape(n, c, s * h, s * w), output_size))
     grouped = wide.reshape(n * groups, c // groups, h, w)
     identity = torch.eye(k * k, dtype=kernels.dtype, device=kernels.device).view(k * k, 1, k, k, 1)
     pixels = grouped.permute(0, 2, 3, 1).unsqueeze(1)
     windows = F.conv3d(pixels, identity, padding=(k // 2, k // 2, 0))  # (N*G, k*k, H, W, C/G)
     sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H, W, s*s, C/G)
     beside = sums.permute(0, 4, 3, 1, 2).reshape(n, c * s**2, h, w)
-    return _laid_out_as(features, reference.cut(F.pixel_shuffle(beside, s), output_size))
+    return _laid_out_as(features, _cut(F.pixel_shuffle(beside, s), output_size))
+
+
+def _cut(x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+    """The first rows and columns. A slice would tie the program to whether sizes are odd; padding by less than none
+    does not."""
+    if output_size is None:
+        return x
+    return F.pad(x, [0, output_size[1] - x.shape[3], 0, output_size[0] - x.shape[2]])
 
 
 def _laid_out_as(given: Tensor, result: Tensor) -> Tensor:
