@@ -209,6 +209,16 @@ def test_mmcv_argument_names(device):
     assert torch.equal(CARAFE(kernel_size=3, group_size=2, scale_factor=2)(features, masks), expected)
 
 
+def test_mmcv_calls(mmcv_carafe):
+    features, masks = randn(1, 4, 2, 3), randn(1, 18, 4, 6)
+    expected = dlu_triton.reference.carafe(features, masks, 3, 2, 2)
+    torch.testing.assert_close(mmcv_carafe.carafe(features, masks, 3, 2, 2), expected)
+    with pytest.raises(TypeError, match="keyword"):
+        mmcv_carafe.carafe(features, masks, kernel_size=3, group_size=2, scale_factor=2)
+    with pytest.raises(AssertionError):
+        mmcv_carafe.carafe(features, masks, 5, 2, 2)
+
+
 def test_mmcv_half_precision_sums(device):
     """A one and 24 terms of 2^-12: in float16 each of these is lost in the sum, all of them are 0.6%."""
     masks = torch.full((1, 25, 5, 5), 2.0**-12, dtype=torch.float16)
