@@ -213,8 +213,8 @@ def test_mmcv_calls(mmcv_carafe):
     features, masks = randn(1, 4, 2, 3), randn(1, 18, 4, 6)
     expected = dlu_triton.reference.carafe(features, masks, 3, 2, 2)
     torch.testing.assert_close(mmcv_carafe.carafe(features, masks, 3, 2, 2), expected)
-    with pytest.raises(TypeError, match="keyword"):
-        mmcv_carafe.carafe(features, masks, kernel_size=3, group_size=2, scale_factor=2)
+    by_name = mmcv_carafe.carafe(features, masks, kernel_size=3, group_size=2, scale_factor=2)
+    torch.testing.assert_close(by_name, expected)
     with pytest.raises(AssertionError):
         mmcv_carafe.carafe(features, masks, 5, 2, 2)
 
