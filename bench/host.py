@@ -49,14 +49,19 @@ class Subject(NamedTuple):
     public: Callable[..., Tensor]
     checks: Callable[..., object]
     operator: Operator
-    settings: tuple[int, int, int]
+    settings: tuple[int, int, int, None]
 
 
 SUBJECTS = {
-    DLU: Subject(dlu_triton.dlu_upsample, _checks.dlu_upsample, dlu.dlu_upsample_op, (CASE.scale, CASE.kernel, 1)),
-    CARAFE: Subject(dlu_triton.carafe, _checks.carafe, carafe.carafe_op, (CASE.kernel, 1, CASE.scale)),
+    DLU: Subject(
+        dlu_triton.dlu_upsample, _checks.dlu_upsample, dlu.dlu_upsample_op, (CASE.scale, CASE.kernel, 1, None)
+    ),
+    CARAFE: Subject(dlu_triton.carafe, _checks.carafe, carafe.carafe_op, (CASE.kernel, 1, CASE.scale, None)),
     LOGITS: Subject(
-        dlu_triton.carafe_upsample, _checks.carafe_upsample, carafe.carafe_upsample_op, (CASE.scale, CASE.kernel, 1)
+        dlu_triton.carafe_upsample,
+        _checks.carafe_upsample,
+        carafe.carafe_upsample_op,
+        (CASE.scale, CASE.kernel, 1, None),
     ),
 }
 OURS, REGISTERED, GRID_SAMPLE, FUNCTION, CHECKS, LAUNCHES = (

@@ -137,19 +137,19 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
     features, output = meta(channels, h, w), meta(channels, s * h, s * w)
     space, offsets = meta(g * k * k, h, w, kernel_dtype), meta(2 * g * s * s, h, w, kernel_dtype)
     masks = meta(g * k * k, s * h, s * w, kernel_dtype)
-    carafe.carafe_op.launch(features, masks, k, g, s)
-    carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, True, True)
+    carafe.carafe_op.launch(features, masks, k, g, s, None)
+    carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, None, True, True)
     logits = meta(g * k * k * s * s, h, w, kernel_dtype)
-    carafe.carafe_upsample_op.launch(features, logits, s, k, g)
-    carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, True, True)
-    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g)
-    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, True, True, True)
-    dlu.expand_kernels_op.launch(space, offsets, s, k, g)
-    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, True, True)
+    carafe.carafe_upsample_op.launch(features, logits, s, k, g, None)
+    carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, None, True, True)
+    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g, None)
+    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, None, True, True, True)
+    dlu.expand_kernels_op.launch(space, offsets, s, k, g, None)
+    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, None, True, True)
     if channels == 256:  # the typical shapes
         torch.use_deterministic_algorithms(True)
         try:
-            dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, True, True, True)
+            dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, None, True, True, True)
         finally:
             torch.use_deterministic_algorithms(False)
 

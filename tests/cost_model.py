@@ -68,11 +68,11 @@ def launches(shape: Shape, *, backward: bool) -> dict[str, tuple[Any, dict[str, 
 
     features, taps, output_size = meta(channels), KERNEL**2, (scale * H, scale * W)
     if operator == "dlu_upsample":
-        module, tensors, settings = dlu, (features, meta(taps), meta(2 * scale**2)), (scale, KERNEL, 1)
+        module, tensors, settings = dlu, (features, meta(taps), meta(2 * scale**2)), (scale, KERNEL, 1, None)
     elif operator == "carafe":
-        module, tensors, settings = carafe, (features, meta(taps, *output_size)), (KERNEL, 1, scale)
+        module, tensors, settings = carafe, (features, meta(taps, *output_size)), (KERNEL, 1, scale, None)
     else:
-        module, tensors, settings = carafe, (features, meta(taps * scale**2)), (scale, KERNEL, 1)
+        module, tensors, settings = carafe, (features, meta(taps * scale**2)), (scale, KERNEL, 1, None)
     with compiling(GPUTarget("cuda", 90, 32)) as compiled:
         op = getattr(module, f"{operator}_op")
         if backward:

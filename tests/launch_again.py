@@ -40,26 +40,28 @@ def main() -> None:
     run = JITFunction.run
     JITFunction.run = lambda self, *args, **kwargs: (runs.append(self.__name__), run(self, *args, **kwargs))[1]
 
-    def forward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64) -> None:
+    def forward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 64, cut: int = 0) -> None:
+        size = (2 * h - cut, 2 * w - cut)
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
-        dlu.dlu_upsample_op.launch(features, space, offsets, 2, 5, 1)
-        carafe.carafe_op.launch(features, meta(n, 25, 2 * h, 2 * w, layout=layout), 5, 1, 2)
-        carafe.carafe_upsample_op.launch(features, meta(n, 100, h, w, layout=layout), 2, 5, 1)
-        dlu.expand_kernels_op.launch(space, offsets, 2, 5, 1)
+        dlu.dlu_upsample_op.launch(features, space, offsets, 2, 5, 1, size)
+        carafe.carafe_op.launch(features, meta(n, 25, *size, layout=layout), 5, 1, 2, size)
+        carafe.carafe_upsample_op.launch(features, meta(n, 100, h, w, layout=layout), 2, 5, 1, size)
+        dlu.expand_kernels_op.launch(space, offsets, 2, 5, 1, size)
 
-    def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 256) -> None:
+    def backward(n: int, h: int, w: int, layout: torch.memory_format, c: int = 256, cut: int = 0) -> None:
+        size = (2 * h - cut, 2 * w - cut)
         features, space, offsets = (meta(n, x, h, w, layout=layout) for x in (c, 25, 8))
-        output, masks = (meta(n, x, 2 * h, 2 * w, layout=layout) for x in (c, 25))
-        dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 5, 1, True, True, True)
-        carafe.carafe_op.gradients.launch(output, features, masks, 5, 1, 2, True, True)
+        output, masks = (meta(n, x, *size, layout=layout) for x in (c, 25))
+        dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 5, 1, size, True, True, True)
+        carafe.carafe_op.gradients.launch(output, features, masks, 5, 1, 2, size, True, True)
         logits = meta(n, 100, h, w, layout=layout)
-        carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 5, 1, True, True)
-        dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 5, 1, True, True)
+        carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 5, 1, size, True, True)
+        dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 5, 1, size, True, True)
 
-    def call(run: Callable[..., None], *arguments: object) -> list[tuple]:
+    def call(run: Callable[..., None], *arguments: object, **options: int) -> list[tuple]:
         """What was launched."""
         launched.clear()
-        run(*arguments)
+        run(*arguments, **options)
         return [(grid, kernel, [_plain(argument) for argument in arguments]) for grid, kernel, arguments in launched]
 
     report = {}
@@ -74,6 +76,10 @@ def main() -> None:
             for n, h, w in ((1, 13, 21), (8, 104, 168), (3, 25, 43), (2, 17, 64), (16, 5, 44), (1, 1, 2)):
                 call(step, n, h, w, layout)
             found["compiled"] = driver.utils.loaded - before
+            before = driver.utils.loaded
+            call(step, 2, 25, 42, layout, cut=1)
+            call(step, 2, 26, 42, layout, cut=2)
+            found["compiled for cut outputs"] = driver.utils.loaded - before
             runs.clear()
             again = call(step, 2, 26, 42, layout)
             kept = list(runs)
@@ -86,7 +92,7 @@ def main() -> None:
             }  # fmt: skip
     launched.clear()
     tensors = [meta(2, x, 26, 42) for x in (64, 25, 8)]
-    dlu.dlu_upsample_op.gradients.launch(meta(2, 64, 52, 84), *tensors, 2, 5, 1, True, True, True)
+    dlu.dlu_upsample_op.gradients.launch(meta(2, 64, 52, 84), *tensors, 2, 5, 1, None, True, True, True)
     report["launches of a backward pass"] = len(launched)
     report["alike"] = alike(carafe)
     _launch.forget_launches()
@@ -103,7 +109,7 @@ def alike(carafe) -> dict[str, bool]:
     """Whether calls that differ in one thing launch the same kernel on the same arguments, tensors aside."""
 
     def call(features, masks, kernel_size=3, groups=1) -> tuple:
-        return only(carafe.carafe_op.launch, features, masks, kernel_size, groups, 2)
+        return only(carafe.carafe_op.launch, features, masks, kernel_size, groups, 2, None)
 
     def only(run, *arguments) -> tuple:
         launched.clear()
@@ -123,8 +129,8 @@ def alike(carafe) -> dict[str, bool]:
         "shape": call(meta(4, 72, 26, 42)[:1], meta(4, 9, 52, 84)[:1]) == plain,
         "strides": call(meta(2, 144, 26, 42)[:, ::2], masks) == plain,
         "alignment": call(shifted, masks) == call(based, masks),
-        "forward and backward": only(carafe.carafe_op.launch, x, small, 3, 1, 1)
-        == only(carafe.carafe_op.gradients.launch, x, x, small, 3, 1, 1, True, False),
+        "forward and backward": only(carafe.carafe_op.launch, x, small, 3, 1, 1, None)
+        == only(carafe.carafe_op.gradients.launch, x, x, small, 3, 1, 1, None, True, False),
     }
     before, exact = matmul.fp32_precision, call(*wide)
     matmul.fp32_precision = "tf32"

@@ -80,14 +80,14 @@ def call_everything(device: str) -> None:
 
     features, space, offsets, output = new(2, 64, 26, 42), new(2, 25, 26, 42), new(2, 8, 26, 42), new(2, 64, 52, 84)
     masks, logits = new(2, 25, 52, 84), new(2, 100, 26, 42)
-    dlu.dlu_upsample_op.launch(features, space, offsets, 2, 5, 1)
-    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 5, 1, True, True, True)
-    dlu.expand_kernels_op.launch(space, offsets, 2, 5, 1)
-    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 5, 1, True, True)
-    carafe.carafe_op.launch(features, masks, 5, 1, 2)
-    carafe.carafe_op.gradients.launch(output, features, masks, 5, 1, 2, True, True)
-    carafe.carafe_upsample_op.launch(features, logits, 2, 5, 1)
-    carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 5, 1, True, True)
+    dlu.dlu_upsample_op.launch(features, space, offsets, 2, 5, 1, None)
+    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 5, 1, None, True, True, True)
+    dlu.expand_kernels_op.launch(space, offsets, 2, 5, 1, None)
+    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 5, 1, None, True, True)
+    carafe.carafe_op.launch(features, masks, 5, 1, 2, None)
+    carafe.carafe_op.gradients.launch(output, features, masks, 5, 1, 2, None, True, True)
+    carafe.carafe_upsample_op.launch(features, logits, 2, 5, 1, None)
+    carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 5, 1, None, True, True)
     # Planes that are too large for one program take a kernel more.
     for activations in (new(2, 64, 14, 14), new(1, 64, 112, 112)):
         gradients = activations.unsqueeze(1)

@@ -84,14 +84,14 @@ def calls(kind: tuple) -> list[Callable[[], object]]:
     gradients = torch.empty((n, 2, c, h, w), dtype=dtype, device="meta")
     own.tensors.append(gradients)
     return [
-        lambda: dlu.dlu_upsample_op.launch(features, space, offsets, 2, 3, 1),
-        lambda: dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 3, 1, True, True, True),
-        lambda: dlu.expand_kernels_op.launch(space, offsets, 2, 3, 1),
-        lambda: dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 3, 1, True, True),
-        lambda: carafe.carafe_op.launch(features, masks, 3, 1, 2),
-        lambda: carafe.carafe_op.gradients.launch(output, features, masks, 3, 1, 2, True, True),
-        lambda: carafe.carafe_upsample_op.launch(features, logits, 2, 3, 1),
-        lambda: carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 3, 1, True, True),
+        lambda: dlu.dlu_upsample_op.launch(features, space, offsets, 2, 3, 1, None),
+        lambda: dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, 2, 3, 1, None, True, True, True),
+        lambda: dlu.expand_kernels_op.launch(space, offsets, 2, 3, 1, None),
+        lambda: dlu.expand_kernels_op.gradients.launch(masks, space, offsets, 2, 3, 1, None, True, True),
+        lambda: carafe.carafe_op.launch(features, masks, 3, 1, 2, None),
+        lambda: carafe.carafe_op.gradients.launch(output, features, masks, 3, 1, 2, None, True, True),
+        lambda: carafe.carafe_upsample_op.launch(features, logits, 2, 3, 1, None),
+        lambda: carafe.carafe_upsample_op.gradients.launch(output, features, logits, 2, 3, 1, None, True, True),
         lambda: cam.class_activation_map_op.launch(features, gradients, "xgradcam", 1e-6, True, (64, 64), True, True),
     ]
 

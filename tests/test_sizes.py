@@ -430,7 +430,7 @@ def launch_both(operator, case, arguments):
     """Forward and backward pass, and the latter with integer sums."""
     grad_output, *tensors = arguments.values()
     s, k, g = case.scale_factor, case.kernel_size, case.groups
-    sizes = (k, g, s) if operator == "carafe" else (s, k, g)
+    sizes = (k, g, s, case.output_size) if operator == "carafe" else (s, k, g, case.output_size)
     ops = carafe_ops if operator.startswith("carafe") else dlu_ops
     op = getattr(ops, f"{operator}_op")
     op.launch(*tensors, *sizes)
