@@ -263,6 +263,16 @@ def test_mmcv_bad_arguments(sizes, message):
         dlu_triton.carafe(randn(2, 4, 3, 4), randn(2, 18, 6, 8), *sizes)
 
 
+def test_mmcv_output_size(device):
+    """Instead of an output that is cut where the finer level of a pyramid has an odd size."""
+    x = randn(1, 4, 3, 4, dtype=torch.float32, device=device)
+    for module in (CARAFEPack, DLUPack):
+        pack = module(4, 2, up_kernel=3, compressed_channels=6).to(device)
+        for parameter in pack.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        torch.testing.assert_close(pack(x, output_size=(5, 7)), pack(x)[..., :5, :7])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The official DLU
 # ---------------------------------------------------------------------------------------------------------------
