@@ -77,6 +77,14 @@ def absent(requires):
     return found
 
 
+def run(arguments, **settings):
+    """Python without the interpreter, and with the package that is tested."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(dlu_triton.__file__).parents[1])
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **settings)
+
+
 def name(page):
     return page.relative_to(ROOT).as_posix()
 
@@ -93,12 +101,7 @@ def test_examples_run_when_pasted(page, tmp_path):
             runs.append((str(page), line, text))
     checks = [check for requires, check in CHECKS.get(name(page), []) if not absent(requires)]
     runs.append((f"checks of {name(page)}", 0, "\n".join(checks)))
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(dlu_triton.__file__).parents[1])  # the one that is tested
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN],
-        input=json.dumps(runs), env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    process = run(["-W", "error", "-c", RUN], cwd=tmp_path, input=json.dumps(runs))
     assert process.returncode == 0, process.stderr
     if missing:
         pytest.skip("; ".join(missing))
@@ -188,7 +191,7 @@ def test_definitions(operator, groups, device):
 
 def test_tables_and_plots_are_those_of_the_results():
     pytest.importorskip("matplotlib")
-    done = subprocess.run([sys.executable, ROOT / "bench" / "report.py", "--check"], capture_output=True, text=True)
+    done = run([ROOT / "bench" / "report.py", "--check"])
     stale = re.findall(r"^(\S+) is out of date", done.stderr, re.MULTILINE)
     others = [name for name in ("matplotlib", "numpy") if importlib.metadata.version(name) != CONSTRAINTS[name]]
     if stale and others and all(name.endswith(".svg") for name in stale):
