@@ -126,8 +126,9 @@ def write_data(folder: Path, images: int, held_out_images: int) -> Path:
 
 
 def offline(folder: Path) -> None:
-    """Before Ultralytics is imported: it fetches nothing, and leaves the user's settings as they are."""
+    """Before Ultralytics is imported: it fetches and installs nothing, and leaves the user's settings as they are."""
     os.environ["YOLO_OFFLINE"] = "true"
+    os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_CONFIG_DIR"] = str(folder)
     from matplotlib import get_data_path
     from ultralytics.utils import USER_CONFIG_DIR

@@ -66,7 +66,7 @@ def yolo(ultralytics_settings, monkeypatch):
     """The example, with Ultralytics offline and its layers registered."""
     importlib.util.find_spec("ultralytics") or pytest.skip("Ultralytics is not installed")
     module = importlib.import_module("ultralytics_dlu")
-    for name in ("YOLO_OFFLINE", "YOLO_CONFIG_DIR"):
+    for name in ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR"):
         monkeypatch.setenv(name, "")  # so that they are what they were afterwards
     module.offline(ultralytics_settings)
     module.register()
@@ -453,6 +453,32 @@ def test_yamls_of_ultralytics(yolo, layer, kind, tmp_path):
         del rest[name]
     assert rest == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert torch.equal(ours.stride, theirs.stride)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing has much to say
+@pytest.mark.parametrize("form", ("torchscript", "onnx"))
+def test_exports_of_a_detector(yolo, form, tmp_path, monkeypatch):
+    """By Ultralytics, which traces; for the size that it is traced with."""
+    from ultralytics import YOLO
+
+    if form == "onnx":
+        pytest.importorskip("onnx")
+        runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)  # where it writes
+    model = YOLO(str(yolo.MODEL), task="detect")
+    for module in packs(model.model):
+        torch.nn.init.normal_(module.conv_offset.weight, std=0.3)
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model.model.eval()(x)[0]
+    options = {"simplify": False} if form == "onnx" else {}  # which needs another package
+    path = model.export(format=form, imgsz=(64, 96), device="cpu", **options)
+    if form == "onnx":
+        session = runtime.InferenceSession(path)
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        found = torch.jit.load(path)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_mistakes_with_yamls(yolo, tmp_path):
