@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ MAX_PROGRAMS = 2**31 - 1
 WEIGHING_METHODS = ("xgradcam", "gradcam", "gradcam++")  # one weight per channel
 CAM_METHODS = (*WEIGHING_METHODS, "hirescam", "layercam", "elementwise")
 LAYOUTS = ("NCHW", "NHWC", "NTC")  # of a layer's output
+
+Sizes = tuple[int, int, int, tuple[int, int] | None]  # three integers as operators take them, and the output's size
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -47,6 +49,27 @@ def kernel_size(value: object, name: str = "kernel_size") -> int:
 
 def scale_factor(value: object, name: str = "scale_factor") -> int:
     return integer(name, value, 1, MAX_SCALE_FACTOR)
+
+
+def output_size(value: object, scale: int, source: Tensor) -> tuple[int, int] | None:
+    """None, or the height and width of what becomes of a (N, C, H, W) source; sizes may be symbols."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"output_size must be a pair (height, width) or None, got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"output_size must be a pair (height, width), got {tuple(value)}")
+    sizes = (int, torch.SymInt)  # `integer` would tie a traced program to a number
+    height, width = (
+        side if isinstance(side, sizes) and not isinstance(side, bool) else integer("output_size", side, 1)
+        for side in value
+    )
+    h, w = source.shape[2:]
+    if not (1 <= height <= scale * h and 1 <= width <= scale * w):
+        raise ValueError(
+            f"output_size must be from (1, 1) to scale_factor*(H, W) = {(scale * h, scale * w)}, got {(height, width)}"
+        )
+    return height, width
 
 
 def channel_groups(name: str, value: object, channels: int) -> int:
@@ -144,9 +167,10 @@ def _shape(name: str, value: Tensor, rule: str, expected: tuple[int, ...]) -> No
 
 
 def expand_kernels(
-    kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object
-) -> tuple[int, int, int]:
-    """Rules of `expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)`; the last three as ints."""
+    kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object, size: object
+) -> Sizes:
+    """Rules of `expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups, output_size)`; all but the
+    tensors as ints."""
     k, s, g = kernel_size(kernel), scale_factor(scale), integer("groups", groups, 1)
     _map("kernel_space", kernel_space)
     _map("offsets", offsets)
@@ -154,13 +178,14 @@ def expand_kernels(
     n, _, h, w = kernel_space.shape
     _shape("kernel_space", kernel_space, "(N, groups*kernel_size^2, H, W)", (n, g * k * k, h, w))
     _shape("offsets", offsets, "(N, 2*groups*scale_factor^2, H, W)", (n, 2 * g * s * s, h, w))
-    return s, k, g
+    return s, k, g, output_size(size, s, kernel_space)
 
 
 def dlu_upsample(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object
-) -> tuple[int, int, int]:
-    """Rules of `dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)`; likewise."""
+    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale: object, kernel: object, groups: object, size: object
+) -> Sizes:
+    """Rules of `dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups, output_size)`;
+    likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("kernel_space", kernel_space)
@@ -171,26 +196,27 @@ def dlu_upsample(
     g = channel_groups("groups", groups, c)
     _shape("kernel_space", kernel_space, "(N, groups*kernel_size^2, H, W)", (n, g * k * k, h, w))
     _shape("offsets", offsets, "(N, 2*groups*scale_factor^2, H, W)", (n, 2 * g * s * s, h, w))
-    return s, k, g
+    return s, k, g, output_size(size, s, kernel_space)
 
 
-def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scale: object) -> tuple[int, int, int]:
-    """Rules of `carafe(features, masks, kernel_size, group_size, scale_factor)`; likewise."""
+def carafe(features: Tensor, masks: Tensor, kernel: object, groups: object, scale: object, size: object) -> Sizes:
+    """Rules of `carafe(features, masks, kernel_size, group_size, scale_factor, output_size)`; likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("masks", masks)
     _beside("masks", masks, "features", features)
     n, c, h, w = features.shape
     g = channel_groups("group_size", groups, c)
-    rule = "(N, group_size*kernel_size^2, scale_factor*H, scale_factor*W)"
-    _shape("masks", masks, rule, (n, g * k * k, s * h, s * w))
-    return k, g, s
+    size = output_size(size, s, features)
+    rule = "(N, group_size*kernel_size^2, " + ("scale_factor*H, scale_factor*W)" if size is None else "*output_size)")
+    _shape("masks", masks, rule, (n, g * k * k, *(size or (s * h, s * w))))
+    return k, g, s, size
 
 
 def carafe_upsample(
-    features: Tensor, logits: Tensor, scale: object, kernel: object, groups: object
-) -> tuple[int, int, int]:
-    """Rules of `carafe_upsample(features, logits, scale_factor, kernel_size, groups)`; likewise."""
+    features: Tensor, logits: Tensor, scale: object, kernel: object, groups: object, size: object
+) -> Sizes:
+    """Rules of `carafe_upsample(features, logits, scale_factor, kernel_size, groups, output_size)`; likewise."""
     k, s = kernel_size(kernel), scale_factor(scale)
     _map("features", features)
     _map("logits", logits)
@@ -199,7 +225,7 @@ def carafe_upsample(
     g = channel_groups("groups", groups, c)
     rule = "(N, groups*kernel_size^2*scale_factor^2, H, W)"
     _shape("logits", logits, rule, (n, g * k * k * s * s, h, w))
-    return s, k, g
+    return s, k, g, output_size(size, s, features)
 
 
 def class_activation_map(
@@ -248,11 +274,16 @@ def weighted_activation_map(
     _beside("weights", weights, "activations", activations)
 
 
-def upstream(name: str, value: Tensor, upsampled_name: str, upsampled: Tensor, scale: int) -> None:
+def upstream(
+    name: str, value: Tensor, upsampled_name: str, upsampled: Tensor, scale: int, size: Sequence[int] | None
+) -> None:
     """Rules of the gradient that a backward operator is given, of what came of the upsampled tensor."""
     _floating(name, value)
     n, c, h, w = upsampled.shape
-    _shape(name, value, "(N, C, scale_factor*H, scale_factor*W)", (n, c, scale * h, scale * w))
+    if size is None:
+        _shape(name, value, "(N, C, scale_factor*H, scale_factor*W)", (n, c, scale * h, scale * w))
+    else:
+        _shape(name, value, "(N, C, *output_size)", (n, c, *size))
     _beside(name, value, upsampled_name, upsampled)
 
 

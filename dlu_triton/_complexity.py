@@ -97,19 +97,31 @@ def compare(dlu: UpsamplerCost, carafe: UpsamplerCost) -> Complexity:
     )
 
 
-def reassembly_flops(features: Sequence[int], scale_factor: int, kernel_size: int) -> int:
+def _outputs(source: Sequence[int], scale_factor: int, output_size: Sequence[int] | None) -> int:
+    """Values of what becomes of a (N, C, H, W) source."""
+    n, c, h, w = source
+    return n * c * math.prod(output_size or (scale_factor * h, scale_factor * w))
+
+
+def reassembly_flops(
+    features: Sequence[int], scale_factor: int, kernel_size: int, output_size: Sequence[int] | None = None
+) -> int:
     """Of (N, C, H, W) features: a multiply-add for each tap of an output value."""
-    return 2 * scale_factor**2 * kernel_size**2 * math.prod(features)
+    return 2 * kernel_size**2 * _outputs(features, scale_factor, output_size)
 
 
-def interpolation_flops(kernel_space: Sequence[int], scale_factor: int) -> int:
+def interpolation_flops(
+    kernel_space: Sequence[int], scale_factor: int, output_size: Sequence[int] | None = None
+) -> int:
     """Of (N, G*k*k, H, W) kernels: four products and three additions for each tap of an output pixel."""
-    return 7 * scale_factor**2 * math.prod(kernel_space)
+    return 7 * _outputs(kernel_space, scale_factor, output_size)
 
 
-def interpolation_adjoint_flops(kernel_space: Sequence[int], scale_factor: int) -> int:
+def interpolation_adjoint_flops(
+    kernel_space: Sequence[int], scale_factor: int, output_size: Sequence[int] | None = None
+) -> int:
     """From the gradient of sampled kernels to that of the kernel space, or as many to that of the offsets."""
-    return 8 * scale_factor**2 * math.prod(kernel_space)
+    return 8 * _outputs(kernel_space, scale_factor, output_size)
 
 
 def class_activation_flops(gradients: Sequence[int], method: str) -> int:

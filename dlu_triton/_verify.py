@@ -38,6 +38,7 @@ class Case:
     groups: int = 1
     reach: float = 1.0
     channels_last: bool = False
+    output_size: tuple[int, int] | None = None  # where it is not scale_factor times that of the source
     kernel_dtype: torch.dtype | None = None  # of kernel space, offsets and masks, where it is not that of the features
     gpu_only: bool = False  # too large for the interpreter
     seed: int = 0
@@ -50,6 +51,9 @@ CASES = (
     Case("one group per channel", channels=3, scale_factor=3, groups=3, reach=4.0),
     Case("float32 kernels", channels=16, kernel_dtype=torch.float32),
     Case("bfloat16 kernels", channels=16, kernel_dtype=torch.bfloat16),
+    Case("odd pyramid", channels=24, height=6, width=8, output_size=(11, 15)),
+    Case("odd pyramid, channels_last", channels=24, height=6, width=8, output_size=(11, 15), channels_last=True),
+    Case("cut inside, scale 4", channels=5, scale_factor=4, kernel_size=3, output_size=(9, 17)),
     Case("1 x 1 map", channels=3, height=1, width=1),
     Case("1 x 7 map", channels=1, height=1),
     Case("scale 1, kernel 9", channels=5, scale_factor=1, kernel_size=9),
@@ -115,18 +119,19 @@ def inputs(operator: str, case: Case | CAMCase, dtype: torch.dtype, device: str 
         values = values.clamp(-6e4, 6e4).to(device, dtype)
         return values.contiguous(memory_format=torch.channels_last) if case.channels_last else values
 
+    size = case.output_size or (s * h, s * w)
     features = draw(case.channels, h, w, dtype)
     space, offsets = draw(taps, h, w, kernel_dtype), draw(2 * g * s * s, h, w, kernel_dtype, case.reach)
     if operator == "dlu_upsample":
-        grad_output = draw(case.channels, s * h, s * w, dtype)
+        grad_output = draw(case.channels, *size, dtype)
         return {"features": features, "kernel_space": space, "offsets": offsets, "grad_output": grad_output}
     if operator == "expand_kernels":
-        return {"kernel_space": space, "offsets": offsets, "grad_output": draw(taps, s * h, s * w, kernel_dtype)}
+        return {"kernel_space": space, "offsets": offsets, "grad_output": draw(taps, *size, kernel_dtype)}
     if operator == "carafe_upsample":
         kernels = {"logits": draw(taps * s * s, h, w, kernel_dtype)}
     else:
-        kernels = {"masks": draw(taps, s * h, s * w, kernel_dtype)}
-    return {"features": features, **kernels, "grad_output": draw(case.channels, s * h, s * w, dtype)}
+        kernels = {"masks": draw(taps, *size, kernel_dtype)}
+    return {"features": features, **kernels, "grad_output": draw(case.channels, *size, dtype)}
 
 
 def _cam_inputs(
@@ -153,13 +158,13 @@ def function(operator: str, case: Case | CAMCase, *, eager: bool) -> Callable[..
     if isinstance(case, CAMCase):
         cam = reference.class_activation_map if eager else class_activation_map
         return lambda *tensors: cam(*tensors, method=case.method, relu=case.relu, size=case.size)
-    s, k, g = case.scale_factor, case.kernel_size, case.groups
+    s, k, g, size = case.scale_factor, case.kernel_size, case.groups, case.output_size
     if operator == "carafe":
         call = reference.carafe if eager else carafe
-        return lambda features, masks: call(features, masks, k, g, s)
+        return lambda features, masks: call(features, masks, k, g, s, size)
     kernels = carafe_upsample if operator == "carafe_upsample" else getattr(dlu, operator)
     call = getattr(reference, operator) if eager else kernels
-    return lambda *tensors: call(*tensors, s, k, g)
+    return lambda *tensors: call(*tensors, s, k, g, size)
 
 
 def results(

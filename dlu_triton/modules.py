@@ -1,5 +1,7 @@
 """Modules: thin holders of parameters around the operators, state_dict-compatible with the official ones."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from . import _checks
@@ -18,9 +20,10 @@ class CARAFE(nn.Module):
         self.group_size = _checks.integer("group_size", group_size, 1)
         self.scale_factor = _checks.scale_factor(scale_factor)
 
-    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
-        """(N, C, H, W), (N, group_size * kernel_size^2, s*H, s*W) -> (N, C, s*H, s*W)"""
-        return carafe(features, masks, self.kernel_size, self.group_size, self.scale_factor)
+    def forward(self, features: Tensor, masks: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(N, C, H, W), (N, group_size * kernel_size^2, s*H, s*W) -> (N, C, s*H, s*W); masks and output (height, width)
+        are `output_size` instead, if given."""
+        return carafe(features, masks, self.kernel_size, self.group_size, self.scale_factor, output_size)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, group_size={self.group_size}, scale_factor={self.scale_factor}"
@@ -105,13 +108,14 @@ class DLUPack(_Pack):
         nn.init.normal_(self.kernel_space_generator.weight, std=0.001)
         nn.init.zeros_(self.conv_offset.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, s*H, s*W), or (N, channels, *output_size) for pyramids of odd sizes:
+        `upsampler(coarse, output_size=fine.shape[-2:])`, each from 1 to s times that of x."""
         _checks.pack_input(x, self.channels)
         compressed = self.channel_compressor(x)
         kernel_space = self.kernel_space_generator(compressed)
         offsets = self.conv_offset(compressed)
-        return dlu_upsample(x, kernel_space, offsets, self.scale_factor, self.up_kernel, self.up_group)
+        return dlu_upsample(x, kernel_space, offsets, self.scale_factor, self.up_kernel, self.up_group, output_size)
 
 
 class CARAFEPack(_Pack):
@@ -149,8 +153,9 @@ class CARAFEPack(_Pack):
         super().init_weights()
         nn.init.normal_(self.content_encoder.weight, std=0.001)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) -> (N, channels, s*H, s*W)"""
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, s*H, s*W), or (N, channels, *output_size) for pyramids of odd sizes:
+        `upsampler(coarse, output_size=fine.shape[-2:])`, each from 1 to s times that of x."""
         _checks.pack_input(x, self.channels)
         logits = self.content_encoder(self.channel_compressor(x))
-        return carafe_upsample(x, logits, self.scale_factor, self.up_kernel, self.up_group)
+        return carafe_upsample(x, logits, self.scale_factor, self.up_kernel, self.up_group, output_size)

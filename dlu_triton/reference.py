@@ -7,6 +7,7 @@ sums run in float32 at least; masks and output are rounded to half precision onc
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,20 @@ __all__ = [
 ]
 
 
-def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+def carafe(
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
     """See `dlu_triton.carafe`.
 
     out[c, i, j] = sum over u, v in -r..r of masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
     """
-    _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
-    _, c, h, w = features.shape
+    _checks.carafe(features, masks, kernel_size, group_size, scale_factor, output_size)
+    c, (h, w) = features.shape[1], masks.shape[2:]
     k, s, g = kernel_size, scale_factor, group_size
     wide = _wide(features.dtype)
     nearest = F.interpolate(F.pad(features.to(wide), [k // 2] * 4), scale_factor=s)  # zeros outside the image
@@ -43,38 +51,49 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
     output = None
     for u in range(k):
         for v in range(k):
-            shifted = nearest[..., s * u : s * (u + h), s * v : s * (v + w)]
+            shifted = nearest[..., s * u : s * u + h, s * v : s * v + w]
             tap = taps[u * k + v]
             output = shifted * tap if output is None else _plus_product(output, shifted, tap)
     return output.flatten(1, 2).to(features.dtype)
 
 
 def carafe_upsample(
-    features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
-    _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
-    shuffled = pixel_shuffle(logits, scale_factor).unflatten(1, (groups, kernel_size**2))
+    *_, size = _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups, output_size)
+    shuffled = cut(pixel_shuffle(logits, scale_factor), size).unflatten(1, (groups, kernel_size**2))
     masks = shuffled.to(_wide(logits.dtype)).softmax(dim=2).to(logits.dtype).flatten(1, 2)
-    return carafe(features, masks, kernel_size, groups, scale_factor)
+    return carafe(features, masks, kernel_size, groups, scale_factor, output_size)
 
 
 def expand_kernels(
-    kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`.
 
     Softmax over the taps at low resolution, then a bilinear sample at (j//s + dx, i//s + dy), clamped to the image.
     """
-    _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
+    *_, size = _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups, output_size)
     n, _, h, w = kernel_space.shape
     k, s, g = kernel_size, scale_factor, groups
     wide = _wide(kernel_space.dtype)
     space = kernel_space.to(wide).unflatten(1, (g, k * k)).softmax(dim=2).flatten(3)  # (N, G, k*k, H*W)
-    shifts = pixel_shuffle(offsets.to(wide), s).unflatten(1, (g, 2))
+    shifts = cut(pixel_shuffle(offsets.to(wide), s), size).unflatten(1, (g, 2))
     dx, dy = shifts.unbind(2)  # (N, G, s*H, s*W), in source pixels
-    x0, x1, fx = cells(dx + torch.arange(s * w, device=dx.device) // s, w)
-    y0, y1, fy = cells(dy + (torch.arange(s * h, device=dy.device) // s)[:, None], h)
+    rows, cols = dx.shape[2:]
+    x0, x1, fx = cells(dx + torch.arange(cols, device=dx.device) // s, w)
+    y0, y1, fy = cells(dy + (torch.arange(rows, device=dy.device) // s)[:, None], h)
 
     def corner(y: Tensor, x: Tensor) -> Tensor:  # (N, G, k*k, s*H*s*W)
         index = (y * w + x).flatten(2).unsqueeze(2)
@@ -87,16 +106,22 @@ def expand_kernels(
     masks = _plus_product(masks, corner(y0, x1), weight(1 - fy, fx))
     masks = _plus_product(masks, corner(y1, x0), weight(fy, 1 - fx))
     masks = _plus_product(masks, corner(y1, x1), weight(fy, fx))
-    return masks.view(n, g * k * k, s * h, s * w).to(kernel_space.dtype)
+    return masks.view(n, g * k * k, rows, cols).to(kernel_space.dtype)
 
 
 def dlu_upsample(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
-    _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
-    masks = expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
-    return carafe(features, masks, kernel_size, groups, scale_factor)
+    _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups, output_size)
+    masks = expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups, output_size)
+    return carafe(features, masks, kernel_size, groups, scale_factor, output_size)
 
 
 class CAMParts(NamedTuple):
@@ -238,6 +263,11 @@ def pixel_shuffle(x: Tensor, scale_factor: int) -> Tensor:
     """(N, C*s^2, H, W) -> (N, C, s*H, s*W), as `F.pixel_shuffle`, whose backward fails on an empty batch."""
     x = x.unflatten(1, (x.shape[1] // scale_factor**2, scale_factor, scale_factor))
     return x.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+def cut(x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+    """The first rows and columns, of the size that is given; or all."""
+    return x if output_size is None else x[..., : output_size[0], : output_size[1]]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
@@ -31,7 +30,7 @@ LIBRARY_OPS = {  # of the programs that are exported on a GPU
 
 
 class Pyramid(nn.Module):
-    """Three levels: strided convolutions, 1 x 1 laterals, and the level above upsampled, cropped to fit, and added."""
+    """Three levels: strided convolutions, 1 x 1 laterals, and the level above upsampled to their size and added."""
 
     def __init__(self, *packs: nn.Module) -> None:
         super().__init__()
@@ -46,10 +45,7 @@ class Pyramid(nn.Module):
             laterals.append(lateral(image))
         levels = [laterals.pop()]
         for pack, lateral in zip(self.packs, reversed(laterals), strict=True):
-            wide = pack(levels[-1])
-            # A slice would specialise the program on whether the sizes are odd, whatever the upsampler.
-            fitting = F.pad(wide, (0, lateral.shape[3] - wide.shape[3], 0, lateral.shape[2] - wide.shape[2]))
-            levels.append(lateral + fitting)
+            levels.append(lateral + pack(levels[-1], output_size=lateral.shape[2:]))
         return tuple(levels)
 
 

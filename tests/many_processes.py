@@ -51,19 +51,20 @@ def assert_placed(tensor, expected, what="result"):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def inputs(operator, n, c, groups):
-    """Tensors and integers to call an operator with."""
+def inputs(operator, n, c, groups, output_size=None):
+    """Tensors and sizes to call an operator with."""
     h, w, k, s = 2, 3, 3, 2
+    masks = torch.randn(n, groups * k * k, *(output_size or (s * h, s * w)))
     features = torch.randn(n, c, h, w)
     space = torch.randn(n, groups * k * k, h, w)
     offsets = torch.randn(n, 2 * groups * s * s, h, w)
     tensors, integers = {
-        "carafe": ((features, torch.randn(n, groups * k * k, s * h, s * w)), (k, groups, s)),
+        "carafe": ((features, masks), (k, groups, s)),
         "carafe_upsample": ((features, torch.randn(n, groups * k * k * s * s, h, w)), (s, k, groups)),
         "dlu_upsample": ((features, space, offsets), (s, k, groups)),
         "expand_kernels": ((space, offsets), (s, k, groups)),
     }[operator]
-    return [tensor.double() for tensor in tensors], integers
+    return [tensor.double() for tensor in tensors], (*integers, output_size)
 
 
 def check_operator(
@@ -78,6 +79,7 @@ def check_operator(
     groups=1,
     wanted=None,
     channels_last=False,
+    output_size=None,
     moves=False,
 ):
     """An operator on tensors of `given` placements has a result of `expected` ones, and all is as for one process.
@@ -87,10 +89,10 @@ def check_operator(
     """
     torch.manual_seed(0)
     mesh = device_mesh(device, mesh)
-    tensors, integers = inputs(operator, images, channels, groups)
+    tensors, sizes = inputs(operator, images, channels, groups, output_size)
     wanted = wanted or [True] * len(tensors)
     whole = [tensor.clone().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
-    output = getattr(reference, operator)(*whole, *integers)
+    output = getattr(reference, operator)(*whole, *sizes)
     upstream = torch.randn_like(output)
     output.backward(upstream)
 
@@ -106,7 +108,7 @@ def check_operator(
     shards = [shard.requires_grad_(want) for shard, want in zip(shards, wanted, strict=True)]
     grad_output = distribute_tensor(upstream.to(device), mesh, placements(expected or ["R"] * mesh.ndim))
     with CommDebugMode() as sent:
-        found = getattr(dlu_triton, operator)(*shards, *integers)
+        found = getattr(dlu_triton, operator)(*shards, *sizes)
         found.backward(grad_output)
     assert moves or sent.get_total_counts() == 0, sent.get_comm_counts()
     if expected:

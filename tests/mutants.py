@@ -187,7 +187,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient of held coordinates", KERNELS,
-        "grad_dy = tl.where(moves_y,", "grad_dy = tl.where(moves_y | moves_x,",
+        "grad_dy = tl.where(moves_y & valid,", "grad_dy = tl.where((moves_y | moves_x) & valid,",
         (against_float64("expand_kernels", "far offsets"), against_float64("expand_kernels", "one group per channel")),
     ),
     # Strides, groups and slices
@@ -270,12 +270,12 @@ MUTANTS = (
     ),
     Mutant(
         "outputs past the last column read", KERNELS,
-        "last = width * SCALE // GRAD_UNIT - 1", "last = width * SCALE // GRAD_UNIT",
+        "last = output_width // GRAD_UNIT - 1", "last = output_width // GRAD_UNIT",
         ("test_operators.py::test_nothing_outside_is_touched",),
     ),
     Mutant(
         "outputs past the last row read", KERNELS,
-        "inside_rows = tl.where(rows < height * SCALE, rows, height * SCALE - 1)", "inside_rows = rows",
+        "inside_rows = tl.where(rows < output_height, rows, output_height - 1)", "inside_rows = rows",
         ("test_operators.py::test_nothing_outside_is_touched",),
     ),
     Mutant(
@@ -332,8 +332,70 @@ MUTANTS = (
     ),
     Mutant(
         "adjoint of softmax forgotten for logits", KERNELS,
-        "grad_taps = _softmax_adjoint(taps, grad_taps)", "grad_taps = taps * grad_taps",
+        "tl.where(valid[:, None], _softmax_adjoint(taps, grad_taps), 0.0)",
+        "tl.where(valid[:, None], taps * grad_taps, 0.0)",
         (against_float64("carafe_upsample", "groups"),),
+    ),
+    # Outputs that are cut off
+    Mutant(
+        "offsets of what is cut off keep what was there", KERNELS,
+        "present = (rows < height * SCALE) & (cols < width * SCALE)", "present = valid",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-dlu_upsample-odd]",),
+    ),
+    Mutant(
+        "logits of what is cut off keep what was there", KERNELS,
+        "            valid = (rows < height * SCALE) & (cols < width * SCALE)  # also", "            pass  # also",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-carafe_upsample-odd]",),
+    ),
+    Mutant(
+        "logits of what is cut off take their neighbours' gradient", KERNELS,
+        "tl.where(valid[:, None], _softmax_adjoint(taps, grad_taps), 0.0)", "_softmax_adjoint(taps, grad_taps)",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-carafe_upsample-odd]",),
+    ),
+    Mutant(
+        "kernels that are not finite reach what is cut off", KERNELS,
+        "grad_dx = tl.where(moves_x & valid,", "grad_dx = tl.where(moves_x,",
+        ("test_output_size.py::test_nothing_comes_of_what_is_cut_off[kernels-dlu_upsample]",),
+    ),
+    Mutant(
+        "tiles that are cut off as a whole keep what was there", REASSEMBLY,
+        "whole = logits or grad_offsets is not None", "whole = False",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-dlu_upsample-small]",),
+    ),
+    Mutant(
+        "tiles of sampled kernels that are cut off as a whole keep what was there", DLU,
+        'if "grad_offsets" in named else grad_masks.shape[2:]', "if False else grad_masks.shape[2:]",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-expand_kernels-small]",),
+    ),
+    Mutant(
+        "runs of outputs that do not divide the width", REASSEMBLY,
+        "0 if not layout.even or output.shape[3] % short_run else", "0 if not layout.even else",
+        ("test_output_size.py::test_is_the_first_part_of_all[kernels-dlu_upsample-odd]",),
+    ),
+    Mutant(
+        "strips as if nothing was cut off below", KERNELS,
+        "- RADIUS + output_height // SCALE - strip_y, 0)", "- RADIUS + height - strip_y, 0)",
+        ("test_output_size.py::test_gradient_of_wide_features",),
+    ),
+    Mutant(
+        "strips as if nothing was cut off to the right", KERNELS,
+        "+ PIECES_W * BLOCK_W <= output_width)", "+ PIECES_W * BLOCK_W <= width * SCALE)",
+        ("test_output_size.py::test_gradient_of_wide_features",),
+    ),
+    Mutant(
+        "any size taken", CHECKS,
+        "if not (1 <= height <= scale * h and 1 <= width <= scale * w):", "if not (1 <= height and 1 <= width):",
+        ("test_checks.py",),
+    ),
+    Mutant(
+        "reference: the size forgotten", REFERENCE,
+        "x if output_size is None else x[..., : output_size[0], : output_size[1]]", "x",
+        ("test_output_size.py::test_is_the_first_part_of_all[twin-carafe_upsample-odd]",),
+    ),
+    Mutant(
+        "the size forgotten on a CPU's compiler", GRAPH,
+        "reference.cut(sums.reshape(n, c, s * h, s * w), output_size)", "sums.reshape(n, c, s * h, s * w)",
+        ("test_output_size.py::test_compiled_on_a_cpu",),
     ),
     # Precision
     Mutant(
@@ -448,8 +510,7 @@ MUTANTS = (
     # Gradients of the features
     Mutant(
         "steps past the last row taken as inside", KERNELS,
-        "last = tl.maximum(STEP_H - RADIUS + height - strip_y, 0) // STEP_H",
-        "last = tl.maximum(STEP_H - RADIUS + height - strip_y, 0) // STEP_H + 1",
+        "output_height // SCALE - strip_y, 0) // STEP_H", "output_height // SCALE - strip_y, 0) // STEP_H + 1",
         ("test_operators.py::test_features_gradient_of_wide_maps",),
     ),
     Mutant(
@@ -464,7 +525,7 @@ MUTANTS = (
     ),
     Mutant(
         "strips at the right border taken as inside", KERNELS,
-        "+ PIECES_W * BLOCK_W <= width * SCALE)", "+ PIECES_W * BLOCK_W <= (width + RADIUS) * SCALE)",
+        "+ PIECES_W * BLOCK_W <= output_width)", "+ PIECES_W * BLOCK_W <= output_width + RADIUS * SCALE)",
         ("test_operators.py::test_features_gradient_of_wide_maps",),
     ),
     Mutant(
@@ -500,7 +561,7 @@ MUTANTS = (
     ),
     Mutant(
         "tiles rounded down", REASSEMBLY,
-        "_launch.cdiv(output.shape[2], tile.BLOCK_H)", "max(1, output.shape[2] // tile.BLOCK_H)",
+        "_launch.cdiv(size[0], tile.BLOCK_H)", "max(1, size[0] // tile.BLOCK_H)",
         (against_float64("carafe", "groups"),),
     ),
     Mutant(
@@ -615,8 +676,8 @@ MUTANTS = (
     ),
     Mutant(
         "fake output of the wrong layout", CARAFE,
-        "group_size, scale_factor: _reassembly.new_output(features, scale_factor)",
-        "group_size, scale_factor: _reassembly.new_output(features.contiguous(), scale_factor)",
+        "group_size, scale_factor, output_size: _reassembly.new_output(\n        features,",
+        "group_size, scale_factor, output_size: _reassembly.new_output(\n        features.contiguous(),",
         ("test_compile.py::test_fake_and_real_results_are_laid_out_alike[(2, 3, 4)-carafe]",),
     ),
     Mutant(
@@ -676,12 +737,12 @@ MUTANTS = (
     # FLOPs and parameters
     Mutant(
         "FLOPs of gradients that are not wanted", CARAFE,
-        "features, masks, k, groups, s, *wanted: sum(wanted) *", "features, masks, k, groups, s, *wanted: 2 *",
+        "features, masks, k, groups, s, size, *wanted: (\n        sum(wanted)", "features, masks, k, groups, s, size, *wanted: (\n        2",
         ("test_complexity.py::test_operators_by_hand",),
     ),
     Mutant(
         "FLOPs of an interpolation", COMPLEXITY,
-        "return 7 * scale_factor**2", "return 8 * scale_factor**2",
+        "return 7 * _outputs", "return 8 * _outputs",
         ("test_complexity.py::test_by_hand", "test_complexity.py::test_published_figures"),
     ),
     Mutant(
@@ -769,12 +830,12 @@ MUTANTS = (
     ),
     Mutant(
         "reference: coordinates not rounded down", REFERENCE,
-        "dx + torch.arange(s * w, device=dx.device) // s, w", "dx + torch.arange(s * w, device=dx.device) / s, w",
+        "dx + torch.arange(cols, device=dx.device) // s, w", "dx + torch.arange(cols, device=dx.device) / s, w",
         (OFFSETS,),
     ),
     Mutant(
         "reference: coordinates in half precision", REFERENCE,
-        "shifts = pixel_shuffle(offsets.to(wide), s)", "shifts = pixel_shuffle(offsets, s)",
+        "shifts = cut(pixel_shuffle(offsets.to(wide), s), size)", "shifts = cut(pixel_shuffle(offsets, s), size)",
         ("test_operators.py::test_far_coordinates_keep_their_fraction_in_half_precision",),
     ),
     Mutant(
@@ -1061,8 +1122,8 @@ MUTANTS = (
     ),
     Mutant(
         "offsets from what is not compressed", MODULES,
-        "self.scale_factor, self.up_kernel, self.up_group)\n\n\nclass CARAFEPack",
-        "self.scale_factor, self.up_kernel)\n\n\nclass CARAFEPack",
+        "self.scale_factor, self.up_kernel, self.up_group, output_size)\n\n\nclass CARAFEPack",
+        "self.scale_factor, self.up_kernel, 1, output_size)\n\n\nclass CARAFEPack",
         ("test_modules.py::test_dlu_is_its_parts[2]",),
     ),
     # Explainers

@@ -117,6 +117,7 @@ NOTHING_IS_WRONG = {
 # ---------------------------------------------------------------------------------------------------------------
 
 UPSAMPLERS = ("dlu_upsample", "expand_kernels", "carafe", "carafe_upsample", "CARAFE.forward")
+RESIZED = (*UPSAMPLERS, "DLUPack.forward", "CARAFEPack.forward")
 SIZED = ("dlu_upsample", "expand_kernels", "carafe", "carafe_upsample", "CARAFE")
 CAMS = ("class_activation_map", "class_activation_parts", "xgrad_cam", "weighted_activation_map")
 MAPS = ("features", "kernel_space", "offsets", "masks", "logits")
@@ -203,6 +204,21 @@ ROWS = [
     Row(("dlu_upsample", "carafe", "carafe_upsample"), ("groups", "group_size"), 8, ValueError, "{argument} must divide the channels: 4 channels, got {argument} 8"),
     Row(SIZED, ("groups", "group_size"), 0, ValueError, "{argument} must be at least 1, got 0"),
     Row("expand_kernels", "groups", 10**20, ValueError, f"kernel_space must have shape (N, groups*kernel_size^2, H, W) = (1, 9{'0' * 20}, 3, 5), got (1, 9, 3, 5)"),
+    # The size of the output.
+    Row(RESIZED, "output_size", 7, TypeError, "output_size must be a pair (height, width) or None, got 7"),
+    Row(RESIZED, "output_size", "6x9", TypeError, "output_size must be a pair (height, width) or None, got '6x9'"),
+    Row(RESIZED, "output_size", torch.tensor([6, 9]), TypeError, "output_size must be a pair (height, width) or None, got tensor([6, 9])"),
+    Row(RESIZED, "output_size", (6,), ValueError, "output_size must be a pair (height, width), got (6,)"),
+    Row(RESIZED, "output_size", [1, 4, 6, 9], ValueError, "output_size must be a pair (height, width), got (1, 4, 6, 9)"),
+    Row(RESIZED, "output_size", (6, 9.0), TypeError, "output_size must be an integer, got 9.0 of type float"),
+    Row(RESIZED, "output_size", (True, 9), TypeError, "output_size must be an integer, got True of type bool"),
+    Row(RESIZED, "output_size", (6, None), TypeError, "output_size must be an integer, got None of type NoneType"),
+    Row(RESIZED, "output_size", (0, 9), ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (0, 9)"),
+    Row(RESIZED, "output_size", (6, -9), ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (6, -9)"),
+    Row(RESIZED, "output_size", (7, 9), ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (7, 9)"),
+    Row(RESIZED, "output_size", [6, 11], ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (6, 11)"),
+    Row(RESIZED, "output_size", (6, 10**30), ValueError, f"output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (6, 1{'0' * 30})"),
+    Row(("carafe", "CARAFE.forward"), "output_size", (5, 9), ValueError, "masks must have shape (N, group_size*kernel_size^2, *output_size) = (1, 9, 5, 9), got (1, 9, 6, 10)"),
     # Modules, and what they cost.
     Row((*PACKS, "complexity"), ("channels", "compressed_channels", "up_group"), 0, ValueError, "{argument} must be at least 1, got 0"),
     Row((*PACKS, "complexity"), "encoder_dilation", 0, ValueError, "encoder_dilation must be at least 1, got 0"),
@@ -418,10 +434,10 @@ def cam_of_op(device, **tensors):
 
 
 RIGHT |= {
-    "ops.dlu_upsample": lambda d: RIGHT["dlu_upsample"](d) | {"groups": 1},
-    "ops.expand_kernels": lambda d: RIGHT["expand_kernels"](d) | {"groups": 1},
-    "ops.carafe": RIGHT["carafe"],
-    "ops.carafe_upsample": lambda d: RIGHT["carafe_upsample"](d) | {"groups": 1},
+    "ops.dlu_upsample": lambda d: RIGHT["dlu_upsample"](d) | {"groups": 1, "output_size": None},
+    "ops.expand_kernels": lambda d: RIGHT["expand_kernels"](d) | {"groups": 1, "output_size": None},
+    "ops.carafe": lambda d: RIGHT["carafe"](d) | {"output_size": None},
+    "ops.carafe_upsample": lambda d: RIGHT["carafe_upsample"](d) | {"groups": 1, "output_size": None},
     **{
         f"{name}_backward": lambda d, name=name: (
             {
@@ -463,6 +479,12 @@ OP_ROWS = [
     Row(("ops.dlu_upsample_backward", "ops.carafe_backward", "ops.carafe_upsample_backward"), "grad_output", lambda g: g[0], ValueError, "grad_output must have shape (N, C, scale_factor*H, scale_factor*W) = (1, 4, 6, 10), got (4, 6, 10)"),
     Row(("ops.dlu_upsample_backward", "ops.carafe_backward", "ops.carafe_upsample_backward"), "grad_output", lambda g: g.double(), TypeError, "grad_output must be float64 exactly when features is: features torch.float32, got torch.float64"),
     Row("ops.expand_kernels_backward", "grad_masks", lambda g: g[:, :4], ValueError, "grad_masks must have shape (N, C, scale_factor*H, scale_factor*W) = (1, 9, 6, 10), got (1, 4, 6, 10)"),
+    Row((*UPSAMPLING_OPS, *BACKWARD_OPS), "output_size", [6, 11], ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (6, 11)"),
+    Row((*UPSAMPLING_OPS, *BACKWARD_OPS), "output_size", [0, 10], ValueError, "output_size must be from (1, 1) to scale_factor*(H, W) = (6, 10), got (0, 10)"),
+    Row((*UPSAMPLING_OPS, *BACKWARD_OPS), "output_size", [6], ValueError, "output_size must be a pair (height, width), got (6,)"),
+    Row(("ops.carafe", "ops.carafe_backward"), "output_size", [5, 9], ValueError, "masks must have shape (N, group_size*kernel_size^2, *output_size) = (1, 9, 5, 9), got (1, 9, 6, 10)"),
+    Row(("ops.dlu_upsample_backward", "ops.carafe_upsample_backward"), "output_size", [5, 9], ValueError, "grad_output must have shape (N, C, *output_size) = (1, 4, 5, 9), got (1, 4, 6, 10)"),
+    Row("ops.expand_kernels_backward", "output_size", [5, 9], ValueError, "grad_masks must have shape (N, C, *output_size) = (1, 9, 5, 9), got (1, 9, 6, 10)"),
     Row("ops.class_activation_map", "gradients", lambda g: g.squeeze(1), ValueError, "gradients must have 5 dimensions (N, K, C, H, W), got shape (2, 3, 4, 5)"),
     Row("ops.class_activation_map", "gradients", lambda g: g[..., :4], ValueError, "gradients must have shape (N, K, C, H, W) = (2, 1, 3, 4, 5), got (2, 1, 3, 4, 4)"),
     Row("ops.class_activation_map", "gradients", lambda g: g[:, :0], ValueError, "gradients must have shape (N, C, H, W), or (N, K, C, H, W) for K maps, = (2, 3, 4, 5), got (2, 0, 3, 4, 5)"),
@@ -639,6 +661,7 @@ def test_numbers_of_numpy_and_of_tensors_are_numbers(path):
     tensors = take(path, "features", "kernel_space", "offsets")
     for kind in (np.int64, np.uint8, np.array, torch.tensor):
         assert dlu_triton.dlu_upsample(*tensors.values(), kind(2), kind(3), kind(1)).shape == (1, 4, 6, 10)
+        assert dlu_triton.dlu_upsample(*tensors.values(), 2, 3, 1, (kind(5), kind(9))).shape == (1, 4, 5, 9)
         assert dlu_triton.CARAFEPack(kind(8), kind(2)).up_kernel == 5
     tensors = take(path, "activations", "gradients").values()
     for eps in (

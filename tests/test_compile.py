@@ -153,7 +153,7 @@ LAYOUTS = (torch.Tensor.contiguous, channels_last, sliced, cropped, channel_slic
 def test_fake_and_real_results_are_laid_out_alike(operator, shape, device, monkeypatch):
     """Forward and backward ops, for every pair of layouts of the first two tensors; all but their launches."""
     monkeypatch.setattr(_launch, "launch", lambda *arguments: None)
-    sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
+    sizes = (3, 2, 2, None) if operator == "carafe" else (2, 3, 2, None)
     *tensors, grad_output = _verify.inputs(operator, case(*shape), torch.bfloat16, device).values()
     packet, backward = getattr(torch.ops.dlu_triton, operator), getattr(torch.ops.dlu_triton, f"{operator}_backward")
     layouts = [layout for layout in LAYOUTS if layout is not expanded or shape[0]]

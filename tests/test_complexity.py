@@ -216,10 +216,10 @@ def test_a_formula_can_be_registered_again():
     formula = _registration.flop_registry[op]
     try:
         carafe_op.register_flops(lambda *arguments: shapes.append(arguments) or 5)
-        assert counts(lambda: op(features, masks=masks, kernel_size=1, group_size=1, scale_factor=2)) == {
+        assert counts(lambda: op(features, masks, kernel_size=1, group_size=1, scale_factor=2, output_size=None)) == {
             "dlu_triton.carafe": 5
         }
-        assert shapes == [(features.shape, masks.shape, 1, 1, 2)]
+        assert shapes == [(features.shape, masks.shape, 1, 1, 2, None)]
     finally:
         _registration.flop_registry[op] = formula
 

@@ -221,7 +221,7 @@ def test_first_imports_and_calls_race(path):
         import dlu_triton
         x = features.clone().requires_grad_()
         output = dlu_triton.carafe(x, masks, 3, 1, 2)
-        registered = torch.ops.dlu_triton.carafe(x, masks, 3, 1, 2)
+        registered = torch.ops.dlu_triton.carafe(x, masks, 3, 1, 2, None)
         return output, registered, *torch.autograd.grad(output, x, output.detach())
     in_threads()
     alone = first()
@@ -322,10 +322,10 @@ def test_importing_again(interpret, compiled):
     torch.manual_seed(0)
     features, masks = torch.rand(1, 4, 2, 3, requires_grad=True), torch.rand(1, 9, 4, 6)
     def call(module):
-        outputs = [f(features, masks, 3, 1, 2) for f in (module.carafe, torch.ops.dlu_triton.carafe)]
+        outputs = [f(features, masks, 3, 1, 2, None) for f in (module.carafe, torch.ops.dlu_triton.carafe)]
         gradients = [torch.autograd.grad(output, features, masks[:, :4])[0] for output in outputs]
         with FlopCounterMode(display=False) as counter:
-            torch.ops.dlu_triton.carafe(features, masks, 3, 1, 2)
+            torch.ops.dlu_triton.carafe(features, masks, 3, 1, 2, None)
         return *outputs, *gradients, torch.tensor(counter.get_total_flops())
     def check(module):
         assert all(torch.equal(*pair) for pair in zip(call(module), expected))

@@ -108,6 +108,7 @@ def test_program_trains(name, device):
 # ONNX
 
 
+@pytest.mark.parametrize("whole", (True, False), ids=("whole", "cut"))
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
 @pytest.mark.parametrize(
     ("kernel_size", "scale_factor", "groups", "height", "width"),
@@ -116,16 +117,17 @@ def test_program_trains(name, device):
         (5, 2, 2, 1, 4), (3, 2, 1, 3, 1), (5, 4, 1, 1, 1),
     ],
 )  # fmt: skip
-def test_form_for_onnx_is_the_operator(operator, kernel_size, scale_factor, groups, height, width, device):
+def test_form_for_onnx_is_the_operator(operator, kernel_size, scale_factor, groups, height, width, whole, device):
     """With offsets that reach past the border on every side."""
+    size = None if whole else (scale_factor * height - scale_factor // 2, max(1, scale_factor * width - 1))
     case = _verify.Case(
         "", batch=2, channels=4, height=height, width=width, scale_factor=scale_factor,
-        kernel_size=kernel_size, groups=groups, reach=3.0,
+        kernel_size=kernel_size, groups=groups, reach=3.0, output_size=size,
     )  # fmt: skip
     arguments = _verify.inputs(operator, case, torch.float64, device)
     del arguments["grad_output"]
     sizes = (kernel_size, groups, scale_factor) if operator == "carafe" else (scale_factor, kernel_size, groups)
-    found = getattr(_graph, operator)(*arguments.values(), *sizes)
+    found = getattr(_graph, operator)(*arguments.values(), *sizes, size)
     torch.testing.assert_close(found, _verify.function(operator, case, eager=True)(*arguments.values()))
 
 
@@ -137,7 +139,7 @@ def test_form_for_onnx_in_half_precision(operator, dtype, device):
     arguments = _verify.inputs(operator, case, dtype, device)
     del arguments["grad_output"]
     sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
-    found = getattr(_graph, operator)(*arguments.values(), *sizes)
+    found = getattr(_graph, operator)(*arguments.values(), *sizes, None)
     assert found.dtype == dtype
     expected = _verify.function(operator, case, eager=True)(*(value.double() for value in arguments.values()))
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)

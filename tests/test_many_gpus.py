@@ -49,6 +49,10 @@ SHARDED = {
         TENSORS,
         batch=lambda name, n: on_shards(name, [["S0"]] * n, ["S0"], [["S0"]] * n),
         uneven_batch=lambda name, n: on_shards(name, [["S0"]] * n, ["S0"], [["S0"]] * n, images=3, groups=2),
+        cut_batch=lambda name, n: on_shards(name, [["S0"]] * n, ["S0"], [["S0"]] * n, output_size=[3, 5]),
+        cut_groups=lambda name, n: on_shards(
+            name, [["S1"]] * n, ["S1"], [["S1"]] * n, images=1, groups=2, output_size=[3, 5]
+        ),
         one_image=lambda name, n: on_shards(name, [["R"]] * n, ["R"], [["R"]] * n, images=1),
         groups=lambda name, n: on_shards(name, [["S1"]] * n, ["S1"], [["S1"]] * n, images=1, groups=2),
         too_few_groups=lambda name, n: on_shards(name, [["S1"]] * n, ["R"], images=1, channels=6, groups=3, moves=True),

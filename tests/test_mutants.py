@@ -73,10 +73,10 @@ def test_verdicts(code, output, expected):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("new", "expected"),
-    [("8 * scale_factor**2", "caught"), ("(3 + 4) * scale_factor**2", "survived"), ("7 * scale**2", "broken")],
+    [("8 * _outputs", "caught"), ("(3 + 4) * _outputs", "survived"), ("7 * outputs", "broken")],
 )
 def test_what_becomes_of_one(new, expected, tmp_path):
     mutants.copy_tree(tmp_path)
-    mutant = Mutant("", COMPLEXITY, "7 * scale_factor**2", new, ("test_complexity.py::test_by_hand",))
+    mutant = Mutant("", COMPLEXITY, "7 * _outputs", new, ("test_complexity.py::test_by_hand",))
     result = mutants.try_mutant(mutant, tmp_path)
     assert result.verdict == expected, result

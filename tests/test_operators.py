@@ -615,7 +615,7 @@ def test_backward_allocates_only_the_normalised_kernels(dtype, channels_last, de
         monkeypatch.setattr(
             torch, name, lambda *args, make=make, **kwargs: (allocated.append(make(*args, **kwargs)), allocated[-1])[1]
         )
-    gradients = dlu_ops.dlu_upsample_op.gradients(grad_output, *arguments.values(), 2, 5, 1, True, True, True)
+    gradients = dlu_ops.dlu_upsample_op.gradients(grad_output, *arguments.values(), 2, 5, 1, None, True, True, True)
     returned = {gradient.data_ptr() for gradient in gradients}
     extra = [tensor for tensor in allocated if tensor.data_ptr() not in returned]
     assert [list(tensor.shape) for tensor in extra] == [[1, 1, 4, 4, 32]]

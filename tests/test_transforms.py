@@ -155,7 +155,7 @@ def test_vmap_of_empty_batches(operator, device):
 def test_registered_operators_have_a_batching_rule(operator, device):
     """The ops of `torch.ops`, which graphs hold, and their backward ops."""
     tensors, grad_output = arguments(operator, CASE, device)
-    sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
+    sizes = (3, 2, 2, None) if operator == "carafe" else (2, 3, 2, None)
     op, backward = (getattr(torch.ops.dlu_triton, name).default for name in (operator, f"{operator}_backward"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*performance drop")
@@ -183,7 +183,7 @@ def test_functionalize(operator, device):
 def test_registered_operators_refuse_forward_mode(operator, device):
     """PyTorch would lose the tangent."""
     tensors, _ = arguments(operator, CASE, device)
-    sizes = (3, 2, 2) if operator == "carafe" else (2, 3, 2)
+    sizes = (3, 2, 2, None) if operator == "carafe" else (2, 3, 2, None)
     op = getattr(torch.ops.dlu_triton, operator)
     with pytest.raises(NotImplementedError, match=f"{operator} has no forward-mode derivative"):
         jvp(lambda *xs: op(*xs, *sizes), tuple(tensors), tuple(tensors))

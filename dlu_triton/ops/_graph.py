@@ -9,6 +9,7 @@ ONNX has, on unfolded features. Arguments are checked already. bench/NOTES.md ha
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,36 +18,62 @@ from torch import Tensor
 from .. import _launch, reference
 
 
-def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+def carafe(
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    output_size: Sequence[int] | None,
+) -> Tensor:
     """See `dlu_triton.carafe`."""
+    if output_size is not None:
+        height, width = (scale_factor * side for side in features.shape[2:])
+        masks = F.pad(masks, [0, width - output_size[1], 0, height - output_size[0]])
     kernels = _beside(F.pixel_unshuffle(masks, scale_factor), group_size, kernel_size, scale_factor)
-    return _reassemble(features, kernels, group_size, scale_factor)
+    return _reassemble(features, kernels, group_size, scale_factor, output_size)
 
 
 def carafe_upsample(
-    features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
     kernels = _beside(logits, groups, kernel_size, scale_factor).softmax(dim=1)
-    return _reassemble(features, kernels, groups, scale_factor)
+    return _reassemble(features, kernels, groups, scale_factor, output_size)
 
 
 def expand_kernels(
-    kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`."""
     n, c, h, w = kernel_space.shape
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor)
-    return _laid_out_as(kernel_space, masks)
+    return _laid_out_as(kernel_space, reference.cut(masks, output_size))
 
 
 def dlu_upsample(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
-    return _reassemble(features, kernels, groups, scale_factor)
+    return _reassemble(features, kernels, groups, scale_factor, output_size)
 
 
 def _beside(channels: Tensor, groups: int, kernel_size: int, scale_factor: int) -> Tensor:
@@ -84,8 +111,10 @@ def _sample(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_siz
     return (corners * weights.reshape(n * groups, 1, 4, s * s, h, w)).sum(2)
 
 
-def _reassemble(features: Tensor, kernels: Tensor, groups: int, scale_factor: int) -> Tensor:
-    """(N, C, H, W), (N*G, k*k, s*s, H, W) -> (N, C, s*H, s*W)"""
+def _reassemble(
+    features: Tensor, kernels: Tensor, groups: int, scale_factor: int, output_size: Sequence[int] | None
+) -> Tensor:
+    """(N, C, H, W), (N*G, k*k, s*s, H, W) -> (N, C, s*H, s*W), or of the size that is given"""
     n, c, h, w = features.shape
     k, s = math.isqrt(kernels.shape[1]), scale_factor
     wide = features.to(kernels.dtype)
@@ -94,14 +123,14 @@ def _reassemble(features: Tensor, kernels: Tensor, groups: int, scale_factor: in
         windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
         taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
         sums = (windows * taps).sum((7, 8))  # (N, G, C/G, H, s, W, s)
-        return _laid_out_as(features, sums.reshape(n, c, s * h, s * w))
+        return _laid_out_as(features, reference.cut(sums.reshape(n, c, s * h, s * w), output_size))
     grouped = wide.reshape(n * groups, c // groups, h, w)
     identity = torch.eye(k * k, dtype=kernels.dtype, device=kernels.device).view(k * k, 1, k, k, 1)
     pixels = grouped.permute(0, 2, 3, 1).unsqueeze(1)
     windows = F.conv3d(pixels, identity, padding=(k // 2, k // 2, 0))  # (N*G, k*k, H, W, C/G)
     sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H, W, s*s, C/G)
     beside = sums.permute(0, 4, 3, 1, 2).reshape(n, c * s**2, h, w)
-    return _laid_out_as(features, F.pixel_shuffle(beside, s))
+    return _laid_out_as(features, reference.cut(F.pixel_shuffle(beside, s), output_size))
 
 
 def _laid_out_as(given: Tensor, result: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 # Arguments that vary from call to call, which, like strides, select no new compilation.
-_SIZES = ["height", "width", "tiles_h", "tiles_w", "groups", "slices", "blocks", "blocks_per_program"]
+_SIZES = ["height", "width", "output_height", "output_width", "tiles_h", "tiles_w", "groups", "slices", "blocks"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,8 @@ def _sampling_adjoint(
     SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     CELLS: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient of a tile's sampled taps to that of the kernel space, and store that of the offsets."""
+    """Add the gradient of a tile's sampled taps to that of the kernel space, and store that of the offsets, which is
+    zero where outputs are cut off: there `valid` is not, and the gradient of the taps is zero."""
     y0, y1, x0, x1, fy, fx, moves_y, moves_x = _sampling_point(
         offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
         image, group, rows, cols, valid, height, width, SCALE, ACC, INDEX,
@@ -297,10 +298,11 @@ def _sampling_adjoint(
         dx_ptrs, dy_ptrs = _offset_pointers(
             grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw, image, group, rows, cols, SCALE, INDEX
         )
-        grad_dx = tl.where(moves_x, (c01 - c00) * (1 - fy) + (c11 - c10) * fy, 0.0)
-        grad_dy = tl.where(moves_y, (c10 - c00) * (1 - fx) + (c11 - c01) * fx, 0.0)
-        tl.store(dx_ptrs, grad_dx.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
-        tl.store(dy_ptrs, grad_dy.to(grad_offsets_ptr.dtype.element_ty), mask=valid)
+        grad_dx = tl.where(moves_x & valid, (c01 - c00) * (1 - fy) + (c11 - c10) * fy, 0.0)
+        grad_dy = tl.where(moves_y & valid, (c10 - c00) * (1 - fx) + (c11 - c01) * fx, 0.0)
+        present = (rows < height * SCALE) & (cols < width * SCALE)
+        tl.store(dx_ptrs, grad_dx.to(grad_offsets_ptr.dtype.element_ty), mask=present)
+        tl.store(dy_ptrs, grad_dy.to(grad_offsets_ptr.dtype.element_ty), mask=present)
     if grad_space_ptr is not None:
         y0, x0, fy, fx = _once(y0), _once(x0), _once(fy), _once(fx)
         y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
@@ -487,7 +489,7 @@ def sample_forward(
     space_ptr,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     masks_ptr, stride_mn, stride_mg, stride_mt, stride_mh, stride_mw,
-    height, width, tiles_h, tiles_w, groups,
+    height, width, output_height, output_width, tiles_h, tiles_w, groups,
     TAPS_INNER: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -495,7 +497,7 @@ def sample_forward(
     group = tl.program_id(0) % groups
     image, tile_y, tile_x = _unravel(tl.program_id(0) // groups, tiles_h, tiles_w)
     rows, cols = _tile_pixels(tile_y * BLOCK_H, tile_x * BLOCK_W, BLOCK_H, BLOCK_W)  # [M]
-    valid = (rows < height * SCALE) & (cols < width * SCALE)
+    valid = (rows < output_height) & (cols < output_width)
     taps = _taps(
         space_ptr, 0, 0, 0, 0, 0,
         offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
@@ -517,7 +519,7 @@ def sample_backward(
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_space_ptr, largest_ptr, count_bits,
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
-    height, width, tiles_h, tiles_w, groups,
+    height, width, output_height, output_width, tiles_h, tiles_w, groups,
     TAPS_INNER: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CELLS: tl.constexpr,
     ACC: tl.constexpr, INDEX: tl.constexpr, SUM_PRECISION: tl.constexpr,
@@ -527,7 +529,7 @@ def sample_backward(
     image, tile_y, tile_x = _unravel(tl.program_id(0) // groups, tiles_h, tiles_w)
     y, x = tile_y * BLOCK_H, tile_x * BLOCK_W
     rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
-    valid = (rows < height * SCALE) & (cols < width * SCALE)
+    valid = (rows < output_height) & (cols < output_width)
     grad_masks_ptr += image * stride_mn + group.to(tl.int64) * stride_mg
     pixel_offsets = _pixel_offsets(rows, cols, stride_mh, 1 if TAPS_INNER == "w" else stride_mw, INDEX)
     stride_mt = 1 if TAPS_INNER == "t" else stride_mt
@@ -636,7 +638,8 @@ def _reassemble_channels(
     features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
     taps,  # [M, TAPS]
     rows, cols,  # [M], of the first source pixel that each output reads, in the window
-    window_y, window_x, image, group, part, y, x, height, width, groups, channels_per_group, blocks_per_program,
+    window_y, window_x, image, group, part, y, x, height, width, output_height, output_width,
+    groups, channels_per_group, blocks_per_program,
     INNER: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
@@ -670,13 +673,13 @@ def _reassemble_channels(
             output = _multiply_add(tl.trans(features), tl.trans(band), output, PRECISION, ACC)
         _store_tile(
             output_ptr, output.to(output_ptr.dtype.element_ty),
-            image, y, x, height * SCALE, width * SCALE, channels_in_all, channels, present,
+            image, y, x, output_height, output_width, channels_in_all, channels, present,
             CHANNELS_LAST, ALIGNED, LONG_RUN if ALIGNED == 2 else SHORT_RUN, BLOCK_H, BLOCK_W, INDEX,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
-    *_SIZES, "channels_per_group", "aligned", "stride_xn", "stride_xc", "stride_xh", "stride_xw",
+    *_SIZES, "blocks_per_program", "channels_per_group", "aligned", "stride_xn", "stride_xc", "stride_xh", "stride_xw",
     "stride_kn", "stride_kg", "stride_kt", "stride_kh", "stride_kw", "stride_on", "stride_oc", "stride_oh", "stride_ow",
 ])  # fmt: skip
 def reassemble_forward(
@@ -684,7 +687,8 @@ def reassemble_forward(
     kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     output_ptr,
-    height, width, tiles_h, tiles_w, groups, channels_per_group, slices, blocks_per_program, aligned,
+    height, width, output_height, output_width, tiles_h, tiles_w, groups, channels_per_group, slices,
+    blocks_per_program, aligned,
     INNER: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
@@ -706,7 +710,7 @@ def reassemble_forward(
     tile_y, image = (tile % tiles_h.to(tl.uint32)).to(tl.int32), (tile // tiles_h.to(tl.uint32)).to(tl.int64)
     y, x = tile_y * BLOCK_H, tile_x * BLOCK_W
     rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
-    valid = (rows < height * SCALE) & (cols < width * SCALE)
+    valid = (rows < output_height) & (cols < output_width)
     taps = _taps(
         kernels_ptr, stride_kn, stride_kg,
         1 if TAPS_INNER == "t" else stride_kt, stride_kh, 1 if TAPS_INNER == "w" else stride_kw,
@@ -728,7 +732,7 @@ def reassemble_forward(
                 _reassemble_channels(
                     features_ptr, stride_xn, stride_xc, stride_xh, stride_xw, output_ptr,
                     taps, rows, cols, window_y, window_x, image, group, part, y, x,
-                    height, width, groups, channels_per_group, blocks_per_program,
+                    height, width, output_height, output_width, groups, channels_per_group, blocks_per_program,
                     INNER, copy, UNIT, RUN, CHANNELS_LAST, SCALE, KERNEL, TAPS,
                     BLOCK_H, BLOCK_W, WINDOW_H, WINDOW_W, BLOCK_Q, BLOCK_C, LONG_RUN, SHORT_RUN,
                     INDEX, ACC, OPERAND, PRECISION,
@@ -782,7 +786,8 @@ def _gather_strip(
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_features_ptr, stride_xc, stride_xh, stride_xw,  # of one image
     above, below,  # [C, Q], of the step before
-    image, group, groups, strip_y, strip_x, first_step, last_step, channels, present, height, width,
+    image, group, groups, strip_y, strip_x, first_step, last_step, channels, present,
+    height, width, output_height, output_width,
     MASKED: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr,
     TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     STEP_H: tl.constexpr, STRIP_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -801,19 +806,19 @@ def _gather_strip(
     )  # [Q, C]  # fmt: skip
     piece_rows, piece_cols = _tile_pixels(0, 0, BLOCK_H, BLOCK_W)  # [M]
     piece_offsets = _map_offsets(piece_rows, piece_cols, channels, stride_yc, stride_yh, stride_yw, INNER, UNIT, INDEX)
-    output_width = width * SCALE // UNIT * UNIT if INNER == "w" else width * SCALE
+    output_width = output_width // UNIT * UNIT if INNER == "w" else output_width
     for step in range(first_step, last_step):
         source_y, source_x = strip_y + (step - 1) * STEP_H + RADIUS, strip_x - RADIUS
         if MASKED:
-            first_y, pieces_h = _pieces_inside(source_y * SCALE, height * SCALE, BLOCK_H, PIECES_H)
-            first_x, pieces_w = _pieces_inside(source_x * SCALE, width * SCALE, BLOCK_W, PIECES_W)
+            first_y, pieces_h = _pieces_inside(source_y * SCALE, output_height, BLOCK_H, PIECES_H)
+            first_x, pieces_w = _pieces_inside(source_x * SCALE, output_width, BLOCK_W, PIECES_W)
         else:
             first_y, pieces_h, first_x, pieces_w = 0, PIECES_H, 0, PIECES_W
         for piece in range(0, pieces_h * pieces_w):
             piece_y, piece_x = (first_y + piece // pieces_w) * BLOCK_H, (first_x + piece % pieces_w) * BLOCK_W
             y, x = source_y * SCALE + piece_y, source_x * SCALE + piece_x
             rows, cols = y + piece_rows, x + piece_cols
-            valid = (rows >= 0) & (rows < height * SCALE) & (cols >= 0) & (cols < output_width) if MASKED else None
+            valid = (rows >= 0) & (rows < output_height) & (cols >= 0) & (cols < output_width) if MASKED else None
             taps = _taps(
                 kernels_ptr, stride_kn, stride_kg,
                 1 if TAPS_INNER == "t" else stride_kt, stride_kh, 1 if TAPS_INNER == "w" else stride_kw,
@@ -864,7 +869,7 @@ def reassemble_backward_features(
     kernels_ptr, stride_kn, stride_kg, stride_kt, stride_kh, stride_kw,
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_features_ptr, stride_xn, stride_xc, stride_xh, stride_xw,  # in GRAD_UNITs
-    height, width, tiles_h, tiles_w, groups, channels_per_group, slices, steps,
+    height, width, output_height, output_width, tiles_h, tiles_w, groups, channels_per_group, slices, steps,
     INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr, RUN: tl.constexpr,
     TAPS_INNER: tl.constexpr, LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
     STEP_H: tl.constexpr, STRIP_W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -888,9 +893,9 @@ def reassemble_backward_features(
     # Steps whose outputs are inside the map as a whole need no masks.
     RADIUS: tl.constexpr = KERNEL // 2
     first = tl.maximum(2 * STEP_H - 1 - RADIUS - strip_y, 0) // STEP_H
-    last = tl.maximum(STEP_H - RADIUS + height - strip_y, 0) // STEP_H
+    last = tl.maximum(STEP_H - RADIUS + output_height // SCALE - strip_y, 0) // STEP_H
     last = tl.minimum(tl.maximum(first, last), steps + 1)
-    columns_inside = (strip_x >= RADIUS) & ((strip_x - RADIUS) * SCALE + PIECES_W * BLOCK_W <= width * SCALE)
+    columns_inside = (strip_x >= RADIUS) & ((strip_x - RADIUS) * SCALE + PIECES_W * BLOCK_W <= output_width)
     first = tl.where(columns_inside, first, steps + 1)
     last = tl.where(columns_inside, last, steps + 1)
     above = tl.zeros([BLOCK_C, STEP_H * STRIP_W], ACC)  # [C, Q]
@@ -903,7 +908,7 @@ def reassemble_backward_features(
             grad_features_ptr + image * stride_xn * GRAD_UNIT, stride_xc, stride_xh, stride_xw,
             above, below, image, group, groups, strip_y, strip_x,
             0 if part == 0 else first if part == 1 else last, first if part == 0 else last if part == 1 else steps + 1,
-            channels, present, height, width,
+            channels, present, height, width, output_height, output_width,
             part != 1, INNER, UNIT, GRAD_INNER, GRAD_UNIT, TAPS_INNER, LOGITS, SCALE, KERNEL, TAPS,
             STEP_H, STRIP_W, BLOCK_H, BLOCK_W, PIECES_H, PIECES_W, BLOCK_C, INDEX, ACC, ROUND, OPERAND, PRECISION,
         )  # fmt: skip
@@ -922,7 +927,7 @@ def reassemble_backward_kernels(
     offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
     grad_space_ptr,
     grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw,
-    height, width, tiles_h, tiles_w, groups, channels_per_group,
+    height, width, output_height, output_width, tiles_h, tiles_w, groups, channels_per_group,
     INNER: tl.constexpr, UNIT: tl.constexpr, GRAD_INNER: tl.constexpr, GRAD_UNIT: tl.constexpr,
     RUN: tl.constexpr, TAPS_INNER: tl.constexpr, GRAD_TAPS_INNER: tl.constexpr,
     LOGITS: tl.constexpr, SCALE: tl.constexpr, KERNEL: tl.constexpr, TAPS: tl.constexpr,
@@ -935,16 +940,16 @@ def reassemble_backward_kernels(
     image, tile_y, tile_x = _unravel(tl.program_id(0) // groups, tiles_h, tiles_w)
     y, x = tile_y * BLOCK_H, tile_x * BLOCK_W
     rows, cols = _tile_pixels(y, x, BLOCK_H, BLOCK_W)  # [M]
-    valid = (rows < height * SCALE) & (cols < width * SCALE)
+    valid = (rows < output_height) & (cols < output_width)
     window_y, window_x = y // SCALE - KERNEL // 2, ((x // SCALE - KERNEL // 2) >> 1) * 2  # no remainder below zero
     # Outputs outside are replaced by others inside, in whole runs: this takes no masks, and they are not stored.
-    inside_rows = tl.where(rows < height * SCALE, rows, height * SCALE - 1)
+    inside_rows = tl.where(rows < output_height, rows, output_height - 1)
     if GRAD_INNER == "w":
-        last = width * SCALE // GRAD_UNIT - 1
+        last = output_width // GRAD_UNIT - 1
         run = x // GRAD_UNIT + tl.arange(0, BLOCK_H * BLOCK_W) // GRAD_UNIT % (BLOCK_W // GRAD_UNIT)
         inside_cols = cols + tl.where(run < last, 0, (last - run) * GRAD_UNIT)
     else:
-        inside_cols = tl.where(cols < width * SCALE, cols, width * SCALE - 1)
+        inside_cols = tl.where(cols < output_width, cols, output_width - 1)
     channels_per_group = channels_per_group // RUN * RUN  # so says the compiler's analysis
     channels = tl.arange(0, BLOCK_C)  # [C]
     output_offsets = _map_offsets(
@@ -1002,7 +1007,8 @@ def reassemble_backward_kernels(
                 offsets_ptr, stride_on, stride_oc, stride_oh, stride_ow,
                 image, group, groups, rows, cols, valid, height, width, SCALE, KERNEL, TAPS, LOGITS, ACC, INDEX,
             )  # [M, TAPS]  # fmt: skip
-            grad_taps = _softmax_adjoint(taps, grad_taps)
+            grad_taps = tl.where(valid[:, None], _softmax_adjoint(taps, grad_taps), 0.0)
+            valid = (rows < height * SCALE) & (cols < width * SCALE)  # also where outputs are cut off
         stride_mt, stride_mw = 1 if GRAD_TAPS_INNER == "t" else stride_mt, 1 if GRAD_TAPS_INNER == "w" else stride_mw
         if LOGITS:
             pixel_offsets, stride_mt = _shuffled(rows, cols, stride_mt, stride_mh, stride_mw, SCALE, INDEX)

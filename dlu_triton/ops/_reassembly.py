@@ -1,10 +1,12 @@
 """Launches of the reassembly kernels, which CARAFE and DLU share.
 
 `kernels` are the masks (N, G*k*k, s*H, s*W), with `logits` what CARAFE's encoder puts out, (N, G*k*k*s*s, H, W), or
-with `offsets` the normalised kernel space (N, G, H, W, taps).
+with `offsets` the normalised kernel space (N, G, H, W, taps). Outputs, their gradients and masks may be cut off below
+s*H and s*W: what the launches find in their shapes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ from .. import _launch
 from . import _kernels
 
 
-def new_output(features: Tensor, scale_factor: int) -> Tensor:
-    """Uninitialised (N, C, s*H, s*W)."""
+def new_output(features: Tensor, scale_factor: int, output_size: Sequence[int] | None) -> Tensor:
+    """Uninitialised (N, C, s*H, s*W), or of the size that is given."""
     _, c, h, w = features.shape
-    return _launch.new_map(features, c, scale_factor * h, scale_factor * w)
+    return _launch.new_map(features, c, *(output_size or (scale_factor * h, scale_factor * w)))
 
 
 def forward(
@@ -27,10 +29,11 @@ def forward(
     kernel_size: int,
     groups: int,
     scale_factor: int,
+    output_size: Sequence[int] | None,
     *,
     logits: bool = False,
 ) -> Tensor:
-    output = new_output(features, scale_factor)
+    output = new_output(features, scale_factor, output_size)
     if output.numel():
         tensors = (features, kernels, output) if offsets is None else (features, kernels, offsets, output)
         precision = _launch.precision(features.dtype)
@@ -46,18 +49,18 @@ def _forward_launch(
     n, c, h, w = features.shape
     channels_last = _launch.channels_innermost(features)
     tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last)
-    tiles_h, tiles_w = _tiles(output, tile)
+    tiles_h, tiles_w = _tiles(output.shape[2:], tile)
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
     slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
     layout = _launch.feature_layout(features)
     long_run, short_run = _launch.runs(scale_factor, features.dtype.itemsize, tile.BLOCK_W)
-    aligned = 0 if not layout.even else 1 if output.shape[3] % long_run else 2
+    aligned = 0 if not layout.even or output.shape[3] % short_run else 1 if output.shape[3] % long_run else 2
     arguments = (
         features, *layout.strides,
         *_taps(kernels, offsets, groups),
         *_launch.pointer_and_strides(offsets, 4),
         output,
-        h, w, tiles_h, tiles_w, groups, c // groups, slices, per_program // block, aligned,
+        h, w, *output.shape[2:], tiles_h, tiles_w, groups, c // groups, slices, per_program // block, aligned,
     )  # fmt: skip
     constants = dict(
         INNER=layout.INNER, UNIT=layout.UNIT, RUN=math.gcd(c // groups, block), CHANNELS_LAST=channels_last,
@@ -116,7 +119,7 @@ def _backward_features_launch(
         *_taps(kernels, offsets, groups),
         *_launch.pointer_and_strides(offsets, 4),
         grad_features, *grad_layout.strides,
-        h, w, tiles_h, _launch.cdiv(w, strip.STRIP_W), groups, c // groups, slices, steps,
+        h, w, *grad_output.shape[2:], tiles_h, _launch.cdiv(w, strip.STRIP_W), groups, c // groups, slices, steps,
     )  # fmt: skip
     constants = dict(
         INNER=layout.INNER, UNIT=layout.UNIT, GRAD_INNER=grad_layout.INNER, GRAD_UNIT=grad_layout.UNIT,
@@ -173,7 +176,9 @@ def _backward_kernels_launch(
     )
     if dtype == torch.float32 and most_cells == 0:
         warps = 8  # four spill
-    tiles_h, tiles_w = _tiles(grad_output, tile)
+    # Gradients of logits and offsets are zero where outputs are cut off.
+    whole = logits or grad_offsets is not None
+    tiles_h, tiles_w = _tiles((scale_factor * h, scale_factor * w) if whole else grad_output.shape[2:], tile)
     block = _launch.channel_block(channels, c // groups)
     layout, grad_layout = _launch.map_layout(features, 2), _launch.map_layout(grad_output, tile.BLOCK_W)
     arguments = (
@@ -184,7 +189,7 @@ def _backward_kernels_launch(
         *_launch.pointer_and_strides(offsets, 4),
         named.get("grad_space"),
         *_launch.pointer_and_strides(grad_offsets, 4),
-        h, w, tiles_h, tiles_w, groups, c // groups,
+        h, w, *grad_output.shape[2:], tiles_h, tiles_w, groups, c // groups,
     )  # fmt: skip
     constants = dict(
         INNER=layout.INNER, UNIT=layout.UNIT,
@@ -205,5 +210,6 @@ def _taps(kernels: Tensor | None, offsets: Tensor | None, groups: int) -> tuple[
     return _launch.pointer_and_group_strides(kernels, groups)
 
 
-def _tiles(output: Tensor, tile: _launch.Tile) -> tuple[int, int]:
-    return _launch.cdiv(output.shape[2], tile.BLOCK_H), _launch.cdiv(output.shape[3], tile.BLOCK_W)
+def _tiles(size: Sequence[int], tile: _launch.Tile) -> tuple[int, int]:
+    """That cover so many rows and columns."""
+    return _launch.cdiv(size[0], tile.BLOCK_H), _launch.cdiv(size[1], tile.BLOCK_W)

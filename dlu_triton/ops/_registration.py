@@ -135,8 +135,9 @@ class Operator:
     def _check_gradients(self, grad_output: Tensor, *arguments: Any) -> None:
         """Of an upsampler, whose first tensor is the one that it upsamples."""
         self._check(*arguments[: -self.tensors])
-        scale_factor = arguments[self._parameters.index("scale_factor")]
-        _checks.upstream(self.gradients._parameters[0], grad_output, self._parameters[0], arguments[0], scale_factor)
+        scale_factor, size = (arguments[self._parameters.index(name)] for name in ("scale_factor", "output_size"))
+        names = self.gradients._parameters[0], self._parameters[0]
+        _checks.upstream(names[0], grad_output, names[1], arguments[0], scale_factor, size)
 
     def _forward(self, *arguments: Any) -> Any:
         """Inside a Function: nothing is differentiated or transformed any more."""

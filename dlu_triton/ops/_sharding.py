@@ -67,27 +67,27 @@ def _no_shard_is_empty(channels: int, shards: int) -> bool:
 def _register_upsampler(
     name: str, *, tensors: int, kernels: int, groups: int, channels_per_group: Callable[[int, int, int], int]
 ) -> None:
-    """Strategies of an operator on `tensors` tensors and three integers, of which that at `groups` is the number of
-    groups, and of its backward operator.
+    """Strategies of an operator on `tensors` tensors, three integers, of which that at `groups` is the number of
+    groups, and the size of the output, and of its backward operator.
 
-    The tensor at `kernels`, beside which those before it are features, has `channels_per_group(*integers)` channels a
+    The tensor at `kernels`, beside which those before it are features, has `channels_per_group(*sizes)` channels a
     group. Groups are beside each other in the channels of every tensor, so where they are sharded evenly, a shard of
     each holds the same groups, and `kernels` tells how many.
     """
     op, backward_op = getattr(torch.ops.dlu_triton, name), getattr(torch.ops.dlu_triton, f"{name}_backward")
 
-    def of_shard(inputs: Sequence[Tensor], integers: Sequence[int]) -> list[int]:
-        groups_here = inputs[kernels].shape[1] // channels_per_group(*integers)
-        return [*integers[:groups], groups_here, *integers[groups + 1 :]]
+    def of_shard(inputs: Sequence[Tensor], sizes: Sequence[Any]) -> list[Any]:
+        groups_here = inputs[kernels].shape[1] // channels_per_group(*sizes[:3])
+        return [*sizes[:groups], groups_here, *sizes[groups + 1 :]]
 
     def on_shards(*arguments: Any) -> Tensor:
-        inputs, integers = arguments[:tensors], arguments[tensors:]
-        return op(*inputs, *of_shard(inputs, integers))
+        inputs, sizes = arguments[:tensors], arguments[tensors:]
+        return op(*inputs, *of_shard(inputs, sizes))
 
     def backward_on_shards(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """All gradients, those that are not wanted empty."""
-        inputs, integers, wanted = arguments[:tensors], arguments[tensors:-tensors], arguments[-tensors:]
-        gradients = iter(backward_op(grad_output, *inputs, *of_shard(inputs, integers), *wanted))
+        inputs, sizes, wanted = arguments[:tensors], arguments[tensors:-tensors], arguments[-tensors:]
+        gradients = iter(backward_op(grad_output, *inputs, *of_shard(inputs, sizes), *wanted))
         return tuple(next(gradients) if want else grad_output.new_empty(0) for want in wanted)
 
     def strategies(*arguments: Any) -> list[_Strategy]:

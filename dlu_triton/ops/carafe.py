@@ -1,5 +1,7 @@
 """CARAFE: reassembly of features with given kernels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,15 @@ from . import _graph, _reassembly, _registration
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
-    return _reassembly.forward(features, masks, None, kernel_size, group_size, scale_factor)
+def _carafe(
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    output_size: Sequence[int] | None,
+) -> Tensor:
+    return _reassembly.forward(features, masks, None, kernel_size, group_size, scale_factor, output_size)
 
 
 def _carafe_gradients(
@@ -22,6 +31,7 @@ def _carafe_gradients(
     kernel_size: int,
     group_size: int,
     scale_factor: int,
+    output_size: Sequence[int] | None,
     wants_features: bool,
     wants_masks: bool,
 ) -> list[Tensor]:
@@ -40,8 +50,15 @@ def _carafe_gradients(
     return gradients
 
 
-def _carafe_upsample(features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
-    return _reassembly.forward(features, logits, None, kernel_size, groups, scale_factor, logits=True)
+def _carafe_upsample(
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
+) -> Tensor:
+    return _reassembly.forward(features, logits, None, kernel_size, groups, scale_factor, output_size, logits=True)
 
 
 def _carafe_upsample_gradients(
@@ -51,6 +68,7 @@ def _carafe_upsample_gradients(
     scale_factor: int,
     kernel_size: int,
     groups: int,
+    output_size: Sequence[int] | None,
     wants_features: bool,
     wants_logits: bool,
 ) -> list[Tensor]:
@@ -80,7 +98,9 @@ def _carafe_upsample_gradients(
 carafe_op = _registration.Operator(
     "carafe",
     _carafe,
-    lambda features, masks, kernel_size, group_size, scale_factor: _reassembly.new_output(features, scale_factor),
+    lambda features, masks, kernel_size, group_size, scale_factor, output_size: _reassembly.new_output(
+        features, scale_factor, output_size
+    ),
     reference.carafe,
     check=_checks.carafe,
     traced=_graph.carafe,
@@ -90,7 +110,9 @@ carafe_op = _registration.Operator(
 carafe_upsample_op = _registration.Operator(
     "carafe_upsample",
     _carafe_upsample,
-    lambda features, logits, scale_factor, *_: _reassembly.new_output(features, scale_factor),
+    lambda features, logits, scale_factor, kernel_size, groups, output_size: _reassembly.new_output(
+        features, scale_factor, output_size
+    ),
     reference.carafe_upsample,
     check=_checks.carafe_upsample,
     traced=_graph.carafe_upsample,
@@ -99,16 +121,20 @@ carafe_upsample_op = _registration.Operator(
 )
 
 carafe_op.register_flops(
-    lambda features, masks, k, groups, s: _complexity.reassembly_flops(features, s, k),
+    lambda features, masks, k, groups, s, size: _complexity.reassembly_flops(features, s, k, size),
 )
 carafe_op.gradients.register_flops(
-    lambda grad, features, masks, k, groups, s, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+    lambda grad, features, masks, k, groups, s, size, *wanted: (
+        sum(wanted) * _complexity.reassembly_flops(features, s, k, size)
+    ),
 )
 carafe_upsample_op.register_flops(
-    lambda features, logits, s, k, groups: _complexity.reassembly_flops(features, s, k),
+    lambda features, logits, s, k, groups, size: _complexity.reassembly_flops(features, s, k, size),
 )
 carafe_upsample_op.gradients.register_flops(
-    lambda grad, features, logits, s, k, groups, *wanted: sum(wanted) * _complexity.reassembly_flops(features, s, k),
+    lambda grad, features, logits, s, k, groups, size, *wanted: (
+        sum(wanted) * _complexity.reassembly_flops(features, s, k, size)
+    ),
 )
 
 
@@ -117,7 +143,14 @@ carafe_upsample_op.gradients.register_flops(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> Tensor:
+def carafe(
+    features: Tensor,
+    masks: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
     """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.2).
 
     With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image:
@@ -129,27 +162,35 @@ def carafe(features: Tensor, masks: Tensor, kernel_size: int, group_size: int, s
 
     Args:
         features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
-        masks: (N, group_size * kernel_size^2, scale_factor * H, scale_factor * W), any strides. Float32 and half
-            precision may be mixed with that of the features; float64 goes with float64 only.
+        masks: (N, group_size * kernel_size^2, scale_factor * H, scale_factor * W), or of `output_size`, any strides.
+            Float32 and half precision may be mixed with that of the features; float64 goes with float64 only.
         kernel_size: odd, from 1 to 9.
         group_size: number of channel groups, a divisor of C; each has masks of its own.
         scale_factor: from 1 to 16.
+        output_size: (height, width) of masks and output, for pyramids of odd sizes; each from 1 to scale_factor times
+            that of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
-        the dtype of the region, to which features other than float64 are cast. Half precision is summed in float32.
+        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
+        precision is summed in float32.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    sizes = _checks.carafe(features, masks, kernel_size, group_size, scale_factor)
+    sizes = _checks.carafe(features, masks, kernel_size, group_size, scale_factor, output_size)
     _checks.kernel_device("features", features)
     return carafe_op(_launch.autocast(features), masks, *sizes)
 
 
 def carafe_upsample(
-    features: Tensor, logits: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    logits: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """CARAFE from what its content encoder puts out (arXiv 1905.02188, sections 3.2 and 3.3).
 
@@ -165,15 +206,18 @@ def carafe_upsample(
         scale_factor: from 1 to 16.
         kernel_size: odd, from 1 to 9.
         groups: number of channel groups, a divisor of C; each has kernels of its own.
+        output_size: (height, width) of the output, for pyramids of odd sizes; each from 1 to scale_factor times that
+            of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
-        the dtype of the region, to which features other than float64 are cast. Softmax and sums are float32 at least.
+        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        features, under autocast in the dtype of the region, to which features other than float64 are cast. Softmax
+        and sums are float32 at least.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    sizes = _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups)
+    sizes = _checks.carafe_upsample(features, logits, scale_factor, kernel_size, groups, output_size)
     _checks.kernel_device("features", features)
     return carafe_upsample_op(_launch.autocast(features), logits, *sizes)

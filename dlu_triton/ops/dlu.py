@@ -93,7 +93,7 @@ def _sample_forward_launch(
     tensors: tuple[Tensor, Tensor, Tensor], scale_factor: int, kernel_size: int
 ) -> _launch.Launch:
     space, offsets, masks = tensors
-    programs, sizes, constants = _sampling_launch(tensors, space, masks, scale_factor, kernel_size)
+    programs, sizes, constants = _sampling_launch(tensors, space, masks, masks.shape[2:], scale_factor, kernel_size)
     arguments = (
         space,
         *_launch.pointer_and_strides(offsets, 4),
@@ -132,7 +132,10 @@ def _sample_backward_launch(
 ) -> _launch.Launch:
     named = dict(zip(names, tensors, strict=True))
     grad_masks, space, largest = named["grad_masks"], named["space"], named.get("largest")
-    programs, sizes, constants = _sampling_launch(tensors, space, grad_masks, scale_factor, kernel_size)
+    _, _, h, w, _ = space.shape
+    # The gradient of the offsets is zero where outputs are cut off.
+    covered = (scale_factor * h, scale_factor * w) if "grad_offsets" in named else grad_masks.shape[2:]
+    programs, sizes, constants = _sampling_launch(tensors, space, grad_masks, covered, scale_factor, kernel_size)
     arguments = (
         *_launch.pointer_and_group_strides(grad_masks, space.shape[1]),
         space,
@@ -153,17 +156,23 @@ def _sample_backward_launch(
 
 
 def _sampling_launch(
-    tensors: tuple[Tensor, ...], space: Tensor, masks: Tensor, scale_factor: int, kernel_size: int
+    tensors: tuple[Tensor, ...],
+    space: Tensor,
+    masks: Tensor,
+    covered: Sequence[int],
+    scale_factor: int,
+    kernel_size: int,
 ) -> _Launch:
+    """By tiles that cover so many rows and columns."""
     n, groups, h, w, taps = space.shape
     tile = _launch.output_tile(scale_factor, kernel_size, masks.dtype.itemsize)
-    tiles_h, tiles_w = _launch.cdiv(scale_factor * h, tile.BLOCK_H), _launch.cdiv(scale_factor * w, tile.BLOCK_W)
+    tiles_h, tiles_w = _launch.cdiv(covered[0], tile.BLOCK_H), _launch.cdiv(covered[1], tile.BLOCK_W)
     constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
         INDEX=_launch.index_dtype(*tensors),
         **_launch.accumulator(masks.dtype), **_launch.options(_launch.warps_for(kernel_size)),
     )  # fmt: skip
-    return n * tiles_h * tiles_w * groups, (h, w, tiles_h, tiles_w, groups), constants
+    return n * tiles_h * tiles_w * groups, (h, w, *masks.shape[2:], tiles_h, tiles_w, groups), constants
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,10 +231,16 @@ def _count_bits(kernel_space: Tensor, scale_factor: int) -> int:
 
 
 def _dlu_upsample(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int
+    features: Tensor,
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
 ) -> Tensor:
     space = _softmax(kernel_space, groups, kernel_size)
-    return _reassembly.forward(features, space, offsets, kernel_size, groups, scale_factor)
+    return _reassembly.forward(features, space, offsets, kernel_size, groups, scale_factor, output_size)
 
 
 def _dlu_upsample_gradients(
@@ -236,19 +251,19 @@ def _dlu_upsample_gradients(
     scale_factor: int,
     kernel_size: int,
     groups: int,
+    output_size: Sequence[int] | None,
     wants_features: bool,
     wants_space: bool,
     wants_offsets: bool,
 ) -> list[Tensor]:
     """The wanted ones of grad_features, grad_kernel_space and grad_offsets, in this order."""
-    n, _, h, w = features.shape
     sizes = (kernel_size, groups, scale_factor)
     grad_features = torch.empty_like(features) if wants_features else None
     gradients = []
     if wants_space and not _in_any_order():
-        shape, dtype = (n, groups * kernel_size**2, scale_factor * h, scale_factor * w), features.dtype
+        shape = (len(features), groups * kernel_size**2, *grad_output.shape[2:])
         # In the memory that the gradient of the features takes later.
-        grad_masks = _launch.scratch(shape, _launch.sum_dtype(dtype), features.device, inside=grad_features)
+        grad_masks = _launch.scratch(shape, _launch.sum_dtype(features.dtype), features.device, inside=grad_features)
         _reassembly.backward_kernels(grad_output, features, *sizes, grad_kernels=grad_masks)
         space, gradients = _backward_from_masks(
             grad_masks, kernel_space, offsets, scale_factor, kernel_size, groups, wants_space, wants_offsets
@@ -275,8 +290,15 @@ def _dlu_upsample_gradients(
     return gradients
 
 
-def _expand_kernels(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
-    masks = _reassembly.new_output(kernel_space, scale_factor)
+def _expand_kernels(
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int,
+    groups: int,
+    output_size: Sequence[int] | None,
+) -> Tensor:
+    masks = _reassembly.new_output(kernel_space, scale_factor, output_size)
     _sample(_softmax(kernel_space, groups, kernel_size), offsets, masks, scale_factor, kernel_size)
     return masks
 
@@ -288,6 +310,7 @@ def _expand_kernels_gradients(
     scale_factor: int,
     kernel_size: int,
     groups: int,
+    output_size: Sequence[int] | None,
     wants_space: bool,
     wants_offsets: bool,
 ) -> list[Tensor]:
@@ -306,7 +329,9 @@ def _expand_kernels_gradients(
 dlu_upsample_op = _registration.Operator(
     "dlu_upsample",
     _dlu_upsample,
-    lambda features, kernel_space, offsets, scale_factor, *_: _reassembly.new_output(features, scale_factor),
+    lambda features, kernel_space, offsets, scale_factor, kernel_size, groups, output_size: _reassembly.new_output(
+        features, scale_factor, output_size
+    ),
     reference.dlu_upsample,
     check=_checks.dlu_upsample,
     traced=_graph.dlu_upsample,
@@ -316,7 +341,9 @@ dlu_upsample_op = _registration.Operator(
 expand_kernels_op = _registration.Operator(
     "expand_kernels",
     _expand_kernels,
-    lambda kernel_space, offsets, scale_factor, *_: _reassembly.new_output(kernel_space, scale_factor),
+    lambda kernel_space, offsets, scale_factor, kernel_size, groups, output_size: _reassembly.new_output(
+        kernel_space, scale_factor, output_size
+    ),
     reference.expand_kernels,
     check=_checks.expand_kernels,
     traced=_graph.expand_kernels,
@@ -327,23 +354,25 @@ expand_kernels_op = _registration.Operator(
 
 def _backward_flops(
     grad: Sequence[int], features: Sequence[int], space: Sequence[int], offsets: Sequence[int],
-    s: int, k: int, groups: int, wants_features: bool, *wants_sampling: bool,
+    s: int, k: int, groups: int, size: Sequence[int] | None, wants_features: bool, *wants_sampling: bool,
 ) -> int:  # fmt: skip
-    reassembly = (wants_features + any(wants_sampling)) * _complexity.reassembly_flops(features, s, k)
-    return reassembly + sum(wants_sampling) * _complexity.interpolation_adjoint_flops(space, s)
+    reassembly = (wants_features + any(wants_sampling)) * _complexity.reassembly_flops(features, s, k, size)
+    return reassembly + sum(wants_sampling) * _complexity.interpolation_adjoint_flops(space, s, size)
 
 
 dlu_upsample_op.register_flops(
-    lambda features, space, offsets, s, k, groups: (
-        _complexity.reassembly_flops(features, s, k) + _complexity.interpolation_flops(space, s)
+    lambda features, space, offsets, s, k, groups, size: (
+        _complexity.reassembly_flops(features, s, k, size) + _complexity.interpolation_flops(space, s, size)
     ),
 )
 dlu_upsample_op.gradients.register_flops(_backward_flops)
 expand_kernels_op.register_flops(
-    lambda space, offsets, s, k, groups: _complexity.interpolation_flops(space, s),
+    lambda space, offsets, s, k, groups, size: _complexity.interpolation_flops(space, s, size),
 )
 expand_kernels_op.gradients.register_flops(
-    lambda grad, space, offsets, s, k, groups, *wanted: sum(wanted) * _complexity.interpolation_adjoint_flops(space, s),
+    lambda grad, space, offsets, s, k, groups, size, *wanted: (
+        sum(wanted) * _complexity.interpolation_adjoint_flops(space, s, size)
+    ),
 )
 
 
@@ -353,7 +382,13 @@ expand_kernels_op.gradients.register_flops(
 
 
 def dlu_upsample(
-    features: Tensor, kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    features: Tensor,
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Dynamic lightweight upsampling (DLU, arXiv 2410.22139): CARAFE with kernels sampled from a kernel space.
 
@@ -369,25 +404,33 @@ def dlu_upsample(
         scale_factor: from 1 to 16.
         kernel_size: odd, from 1 to 9.
         groups: number of channel groups, a divisor of C; each has kernels and offsets of its own.
+        output_size: (height, width) of the output, for pyramids of odd sizes; each from 1 to scale_factor times that
+            of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Float32 and half precision may be mixed among the three tensors; float64 goes with float64 only.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W), in the dtype and memory format of the features, under autocast in
-        the dtype of the region, to which features other than float64 are cast. Half precision is summed in float32;
-        coordinates are float32 (float64 for float64). A NaN offset makes its own output NaN.
+        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
+        precision is summed in float32; coordinates are float32 (float64 for float64). A NaN offset makes its own
+        output NaN.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size, a divisibility rule or the device does not fit.
     """
-    sizes = _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups)
+    sizes = _checks.dlu_upsample(features, kernel_space, offsets, scale_factor, kernel_size, groups, output_size)
     _checks.kernel_device("features", features)
     return dlu_upsample_op(_launch.autocast(features), kernel_space, offsets, *sizes)
 
 
 def expand_kernels(
-    kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int = 5, groups: int = 1
+    kernel_space: Tensor,
+    offsets: Tensor,
+    scale_factor: int,
+    kernel_size: int = 5,
+    groups: int = 1,
+    output_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Reassembly kernels of every output pixel, sampled from a kernel space (DLU, arXiv 2410.22139).
 
@@ -406,16 +449,18 @@ def expand_kernels(
         scale_factor: from 1 to 16.
         kernel_size: odd, from 1 to 9.
         groups: number of kernels per pixel.
+        output_size: (height, width) of the output, each from 1 to scale_factor times that of the source, and by
+            default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, groups * kernel_size^2, scale_factor * H, scale_factor * W), in the dtype and memory format of
-        kernel_space, under autocast in the dtype of the region, to which a kernel_space other than float64 is cast; the
-        kernel_size^2 channels of each group sum to 1.
+        (N, groups * kernel_size^2, scale_factor * H, scale_factor * W), or of `output_size`, in the dtype and memory
+        format of kernel_space, under autocast in the dtype of the region, to which a kernel_space other than float64
+        is cast; the kernel_size^2 channels of each group sum to 1.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or not an integer, or float64 is mixed with others.
         ValueError: a size or the device does not fit.
     """
-    sizes = _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups)
+    sizes = _checks.expand_kernels(kernel_space, offsets, scale_factor, kernel_size, groups, output_size)
     _checks.kernel_device("kernel_space", kernel_space)
     return expand_kernels_op(_launch.autocast(kernel_space), offsets, *sizes)
