@@ -163,6 +163,8 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         optimizer="AdamW",
         lr0=LEARNING_RATE,
+        nbs=BATCH,  # a step for every batch; by default one for every 64 images
+        warmup_epochs=1,
         fliplr=0.0,  # digits have no mirror images
         amp=False,  # which Ultralytics checks, on a GPU, with weights that it downloads
         pretrained=False,
