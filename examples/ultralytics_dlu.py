@@ -180,9 +180,11 @@ def run(options: argparse.Namespace) -> None:
     parameters = sum(each.numel() for layer in layers for each in layer.parameters())
     picture = sorted((out / "data" / "images" / "val").iterdir())[0]
     (found,) = trained.predict(str(picture), imgsz=SIDE, device=str(device), verbose=False)
-    print(f"\n{picture.name}, which it has not seen; each box x0, y0, x1, y1 in pixels:")
+    lines = (out / "data" / "labels" / "val" / f"{picture.stem}.txt").read_text().splitlines()
+    print(f"\n{picture.name} of the held-out scenes has the digits {', '.join(line[0] for line in lines)}. Found, with")
+    print("scores, and boxes x0, y0, x1, y1 in pixels:")
     for label, score, box in zip(found.boxes.cls, found.boxes.conf, found.boxes.xyxy, strict=True):
-        print(f"  {int(label)} with {score:.2f} at {', '.join(f'{side:.0f}' for side in box)}")
+        print(f"  {int(label)}: {score:.2f}, {' '.join(f'{side:.0f}' for side in box)}")
     print(
         f"{options.epochs} epochs of {options.images} scenes in {seconds:.0f} s. Of {options.held_out_images} held-out "
         f"scenes: mAP50 {figures.map50:.3f}, mAP50-95 {figures.map:.3f}.\n{len(layers)} layers of ours with "

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import importlib.util
 import os
 import pickle
 import re
@@ -28,6 +29,14 @@ LEARNED = ("carafe", "dlu")
 METHODS = ("nearest", "bilinear", *LEARNED)
 
 
+def needs(package):
+    """Skip without it, or beside another build of PyTorch than it is for, where torchvision cannot be imported."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{package}: {error}")
+
+
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
     """CPU tensors take the eager path here, as they do for a user; one thread, as others wait for each other."""
@@ -47,7 +56,7 @@ def scenes():
 
 @pytest.fixture
 def fpn():
-    pytest.importorskip("torchvision")
+    needs("torchvision")
     return importlib.import_module("torchvision_fpn")
 
 
@@ -64,7 +73,9 @@ def ultralytics_settings(tmp_path_factory):
 @pytest.fixture
 def yolo(ultralytics_settings, monkeypatch):
     """The example, with Ultralytics offline and its layers registered."""
-    importlib.util.find_spec("ultralytics") or pytest.skip("Ultralytics is not installed")
+    if importlib.util.find_spec("ultralytics") is None:  # which must not be imported before it is told to be offline
+        pytest.skip("ultralytics is not installed")
+    needs("torchvision")
     module = importlib.import_module("ultralytics_dlu")
     for name in ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR"):
         monkeypatch.setenv(name, "")  # so that they are what they were afterwards
@@ -535,13 +546,12 @@ def test_ultralytics_program(yolo, tmp_path):
 # All programs
 # ---------------------------------------------------------------------------------------------------------------
 
-PROGRAMS = {"torchvision_fpn": "torchvision", "segformer_head": None, "ultralytics_dlu": "ultralytics"}
+PROGRAMS = {"torchvision_fpn": "torchvision", "segformer_head": "torch", "ultralytics_dlu": "yaml"}
 
 
 @pytest.fixture(params=PROGRAMS)
 def program(request):
-    if PROGRAMS[request.param] and importlib.util.find_spec(PROGRAMS[request.param]) is None:
-        pytest.skip(f"{PROGRAMS[request.param]} is not installed")
+    needs(PROGRAMS[request.param])
     return importlib.import_module(request.param)
 
 
@@ -576,11 +586,10 @@ def test_folder_that_is_not_empty(yolo, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_what_is_pasted_needs_nothing_of_the_program(name, monkeypatch):
+@pytest.mark.parametrize(("name", "package"), PROGRAMS.items())
+def test_what_is_pasted_needs_nothing_of_the_program(name, package, monkeypatch):
     """Importing the file takes neither photographs nor digits, nor Ultralytics before it is used."""
-    if name == "torchvision_fpn":
-        pytest.importorskip("torchvision")
+    needs(package)
     for missing in ("scenes", "train_upsampler", "sklearn", "skimage", "ultralytics"):
         monkeypatch.setitem(sys.modules, missing, None)
     spec = importlib.util.spec_from_file_location(f"_bare_{name}", EXAMPLES / f"{name}.py")
