@@ -391,7 +391,7 @@ def _table(axis: Axes, results: list[_Result], plain: float) -> None:
         for result in results
     ]
     for row, cells in enumerate(rows):
-        for place, cell in zip((0, 0.56, 0.87, 1), cells, strict=True):
+        for place, cell in zip((0, 0.54, 0.84, 1), cells, strict=True):
             axis.text(
                 place, 0.98 - 0.16 * row, cell, fontsize=10, verticalalignment="top", transform=axis.transAxes,
                 horizontalalignment="right" if place else "left", fontweight="normal" if row else "bold",

@@ -173,9 +173,9 @@ def caption(learned: Learned) -> str:
     means, most = learned.figures(), math.log2(len(learned.kernels))
     offset, entropy, change = (means[name] for name in ("offset", "entropy", "change"))
     verdicts = []
-    if offset["all"] < SMALL_OFFSET:
-        verdicts.append(f"The offsets stayed small, below {SMALL_OFFSET} in the mean.")
-    if change["all"] < SMALL_CHANGE:
+    if max(offset.values()) < SMALL_OFFSET:
+        verdicts.append(f"The offsets stayed small, below {SMALL_OFFSET} in each mean.")
+    if max(change.values()) < SMALL_CHANGE:
         verdicts.append("Sampling hardly changes the kernels.")
     return " ".join(
         [

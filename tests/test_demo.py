@@ -237,7 +237,7 @@ def test_figures_are_means_over_edges_and_flat_pixels():
 
 def test_caption_says_when_little_was_learned():
     found = made()
-    said = "The offsets stayed small, below 0.1 in the mean. Sampling hardly changes the kernels."
+    said = "The offsets stayed small, below 0.1 in each mean. Sampling hardly changes the kernels."
     assert _learned.caption(found).endswith(said)
     found.offsets += 1
     assert _learned.caption(found).endswith("and 0.0%. Sampling hardly changes the kernels.")
