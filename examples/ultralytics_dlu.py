@@ -131,11 +131,12 @@ def offline(folder: Path) -> None:
     os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_CONFIG_DIR"] = str(folder)
     from matplotlib import get_data_path
-    from ultralytics.utils import USER_CONFIG_DIR
 
-    # It looks here for a font with which it would draw, and would download it otherwise.
+    # In this subfolder it looks for a font with which it would draw, and would download it otherwise.
+    settings = folder / "Ultralytics"
+    settings.mkdir(parents=True, exist_ok=True)
     font = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    (Path(USER_CONFIG_DIR) / "Arial.ttf").write_bytes(font.read_bytes())
+    (settings / "Arial.ttf").write_bytes(font.read_bytes())
 
 
 def run(options: argparse.Namespace) -> None:
