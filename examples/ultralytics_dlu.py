@@ -183,7 +183,7 @@ def run(options: argparse.Namespace) -> None:
     (found,) = trained.predict(str(picture), imgsz=SIDE, device=str(device), verbose=False)
     lines = (out / "data" / "labels" / "val" / f"{picture.stem}.txt").read_text().splitlines()
     print(f"\n{picture.name} of the held-out scenes has the digits {', '.join(line[0] for line in lines)}. Found, with")
-    print("scores, and boxes x0, y0, x1, y1 in pixels:")
+    print(f"scores, and boxes x0, y0, x1, y1 in pixels:{'' if len(found.boxes) else ' nothing.'}")
     for label, score, box in zip(found.boxes.cls, found.boxes.conf, found.boxes.xyxy, strict=True):
         print(f"  {int(label)}: {score:.2f}, {' '.join(f'{side:.0f}' for side in box)}")
     print(
