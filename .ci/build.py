@@ -26,7 +26,8 @@ GENERATED = re.compile(r"PKG-INFO|setup\.cfg|.*\.egg-info/.*|(.*/)?__pycache__/.
 
 def released(source: Path) -> int:
     """Midnight of the newest release, in seconds since 1970."""
-    found = re.search(r"^## .+ \((\d{4}-\d\d-\d\d)\)$", source.joinpath("CHANGELOG.md").read_text(), re.MULTILINE)
+    text = source.joinpath("CHANGELOG.md").read_text(encoding="utf-8")
+    found = re.search(r"^## .+ \((\d{4}-\d\d-\d\d)\)$", text, re.MULTILINE)
     if found is None:
         raise SystemExit("CHANGELOG.md has no release with its date, such as ## 0.1.0 (2026-11-27)")
     return int(datetime.fromisoformat(found[1]).replace(tzinfo=UTC).timestamp())
@@ -55,7 +56,7 @@ def backend(kind: str, source: Path, folder: Path, time: int) -> Path:
 
 
 def normalised(sdist: Path, path: Path, time: int) -> None:
-    """A copy without the times, owners, permissions, order and name of a file that setuptools puts into source distributions."""
+    """A copy of a source distribution without the times, owners and permissions that setuptools puts there."""
     with (
         tarfile.open(sdist) as found,
         path.open("wb") as file,
