@@ -28,7 +28,8 @@ from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
+PROJECT, BACKEND = SETTINGS["project"], SETTINGS["build-system"]["requires"]
 COLUMNS = ("python", "torch", "triton", "numpy", "passed", "failed", "skipped", "seconds")
 FOUND = """
 import pathlib, platform, sys, dlu_triton, numpy, torch, triton
@@ -73,24 +74,13 @@ def newest_python() -> str:
     return ".".join(str(part) for part in max(pythons())[0])
 
 
-def tracked_files(folder: Path) -> Path:
-    """A copy of the project without what installing, building and testing leave in a clone."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in (name for name in names if ROOT.joinpath(name).is_file()):
-        folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
 def distributions(folder: Path) -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built from it."""
-    python = folder / "environment" / "bin" / "python"
+    """The source distribution, and the wheel that is built from it, by the newest tools."""
+    python, out = folder / "environment" / "bin" / "python", folder / "out"
     subprocess.run([sys.executable, "-m", "venv", folder / "environment"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True)
-    source = tracked_files(folder / "project")
-    subprocess.run([python, "-m", "build", "--outdir", folder, source], stdout=subprocess.DEVNULL, check=True)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *BACKEND], check=True)
+    subprocess.run([python, ROOT / ".ci" / "build.py", out], stdout=subprocess.DEVNULL, check=True)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 
 

@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,11 @@ import dlu_triton
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+CHANGELOG = ROOT.joinpath("CHANGELOG.md").read_text()
+RELEASE = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", CHANGELOG, re.MULTILINE)  # the newest: version and day
 NAME = f"dlu_triton-{dlu_triton.__version__}"
 INFO = f"{NAME}.dist-info"
+BUILD = ROOT / ".ci" / "build.py"
 
 if not ROOT.joinpath("dlu_triton").exists():
     pytest.skip("builds the package beside the tests", allow_module_level=True)
@@ -30,8 +35,9 @@ if Version(importlib.metadata.version("setuptools")) < Version("77.0.3"):
     pytest.skip("builds with setuptools 77 or newer", allow_module_level=True)
 
 
-def run(*command, cwd, **environment):
-    process = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(*command, cwd, umask=-1, **environment):
+    environment = {**os.environ, **environment}
+    process = subprocess.run(command, cwd=cwd, env=environment, umask=umask, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     return process.stdout
 
@@ -83,6 +89,16 @@ def unpacked(sdist, tmp_path_factory):
     return folder / NAME
 
 
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The source distribution and the wheel as `.ci/build.py` makes them of the clone."""
+    if not BUILD.exists():
+        pytest.skip("is not in source distributions")
+    folder = tmp_path_factory.mktemp("released")
+    run(sys.executable, BUILD, folder, cwd=folder, TZ="Pacific/Auckland", LC_ALL="C", umask=0o022)
+    return {path.suffix: path for path in folder.iterdir()}
+
+
 def contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -115,6 +131,64 @@ def test_sdist_holds_the_project(sdist):
 
 def test_wheel_of_the_sdist_is_the_same(wheel, unpacked, tmp_path):
     assert contents(build("wheel", unpacked, tmp_path)) == contents(wheel)
+
+
+def test_releases_are_the_same_bytes(released, tmp_path):
+    """From the clone and from its source distribution, in other places, at other times, by other users."""
+    with tarfile.open(released[".gz"]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source, out = tmp_path / NAME, tmp_path / "out"
+    for path in source.rglob("*"):
+        os.utime(path, (time.time(), time.time()))
+        path.chmod(0o700)
+    variables = {"TZ": "America/Lima", "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "1", "PYTHONHASHSEED": "7"}
+    run(sys.executable, BUILD, out, "--source", source, cwd=tmp_path, umask=0o077, **variables)
+    again = {path.suffix: path for path in out.iterdir()}
+    assert set(released) == set(again) == {".gz", ".whl"}
+    for suffix, path in released.items():
+        assert path.name == again[suffix].name
+        assert path.read_bytes() == again[suffix].read_bytes()
+
+
+def test_releases_say_nothing_of_who_made_them(released):
+    """Neither in the archives nor in their headers; times are the release's."""
+    day = datetime.fromisoformat(RELEASE[2]).replace(tzinfo=UTC)
+    header = released[".gz"].read_bytes()[:10]
+    assert header[3] == 0  # no name of a file
+    assert int.from_bytes(header[4:8], "little") == day.timestamp()
+    with tarfile.open(released[".gz"]) as archive:
+        members = archive.getmembers()
+    assert [member.name for member in members] == sorted(member.name for member in members)
+    for member in members:
+        assert (member.uid, member.gid, member.uname, member.gname) == (0, 0, "", "")
+        assert (member.mtime, member.mode) == (day.timestamp(), 0o755 if member.isdir() else 0o644)
+    with zipfile.ZipFile(released[".whl"]) as archive:
+        for entry in archive.infolist():
+            assert datetime(*entry.date_time, tzinfo=UTC) == day
+            assert entry.external_attr >> 16 in (0o100644, 0o100664)  # which setuptools gives to RECORD
+
+
+def test_releases_are_what_tools_build(released, wheel, sdist):
+    """But for times and owners: the files of the wheel and of the source distribution are those of the backend."""
+    assert contents(released[".whl"]) == contents(wheel)
+    found = []
+    for path in (released[".gz"], sdist):
+        with tarfile.open(path) as archive:
+            files = [member for member in archive.getmembers() if member.isfile()]
+            found.append({member.name: archive.extractfile(member).read() for member in files})
+    assert found[0] == found[1]
+
+
+def test_the_changelog_has_this_version():
+    """Released with its day, or a later version that is being developed."""
+    newest = re.search(r"^## (.+)$", CHANGELOG, re.MULTILINE)[1]
+    version = Version(dlu_triton.__version__)
+    if newest == "Unreleased":
+        assert version.is_devrelease
+        assert version > Version(RELEASE[1])
+    else:
+        assert newest == f"{RELEASE[1]} ({RELEASE[2]})"
+        assert dlu_triton.__version__ == RELEASE[1]
 
 
 def test_metadata_is_what_the_project_says(wheel):
