@@ -28,8 +28,7 @@ from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())
-PROJECT, BACKEND = SETTINGS["project"], SETTINGS["build-system"]["requires"]
+PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
 COLUMNS = ("python", "torch", "triton", "numpy", "passed", "failed", "skipped", "seconds")
 FOUND = """
 import pathlib, platform, sys, dlu_triton, numpy, torch, triton
@@ -78,8 +77,8 @@ def distributions(folder: Path) -> tuple[Path, Path]:
     """The source distribution, and the wheel that is built from it, by the newest tools."""
     python, out = folder / "environment" / "bin" / "python", folder / "out"
     subprocess.run([sys.executable, "-m", "venv", folder / "environment"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *BACKEND], check=True)
-    subprocess.run([python, ROOT / ".ci" / "build.py", out], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True)
+    subprocess.run([python, "-m", "build", "--outdir", out, ROOT], stdout=subprocess.DEVNULL, check=True)
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 
@@ -89,8 +88,7 @@ def tests_of(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (tree,) = folder.iterdir()
-    for path in tree.glob("dlu_triton*"):  # and its egg-info
-        shutil.rmtree(path)
+    shutil.rmtree(tree / "dlu_triton")
     return tree
 
 
