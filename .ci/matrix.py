@@ -73,24 +73,13 @@ def newest_python() -> str:
     return ".".join(str(part) for part in max(pythons())[0])
 
 
-def tracked_files(folder: Path) -> Path:
-    """A copy of the project without what installing, building and testing leave in a clone."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in (name for name in names if ROOT.joinpath(name).is_file()):
-        folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
 def distributions(folder: Path) -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built from it."""
-    python = folder / "environment" / "bin" / "python"
+    """The source distribution, and the wheel that is built from it, by the newest tools."""
+    python, out = folder / "environment" / "bin" / "python", folder / "out"
     subprocess.run([sys.executable, "-m", "venv", folder / "environment"], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "build"], check=True)
-    source = tracked_files(folder / "project")
-    subprocess.run([python, "-m", "build", "--outdir", folder, source], stdout=subprocess.DEVNULL, check=True)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    subprocess.run([python, "-m", "build", "--outdir", out, ROOT], stdout=subprocess.DEVNULL, check=True)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel
 
 
@@ -99,8 +88,7 @@ def tests_of(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     (tree,) = folder.iterdir()
-    for path in tree.glob("dlu_triton*"):  # and its egg-info
-        shutil.rmtree(path)
+    shutil.rmtree(tree / "dlu_triton")
     return tree
 
 

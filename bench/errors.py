@@ -1,4 +1,4 @@
-"""The largest errors against float64, for README's promises: those of `python -m dlu_triton verify`.
+"""The largest errors against float64, for docs/promises.md: those of `python -m dlu_triton verify`.
 
     python bench/errors.py && python bench/report.py
 

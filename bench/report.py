@@ -1,4 +1,4 @@
-"""Writes README's tables and plots from the committed results; `--check` only tells whether they are up to date.
+"""Writes the tables and plots of README and docs from the committed results; `--check` tells whether they are stale.
 
 python -m dlu_triton explain && cp dlu_explain/explain.json bench/results/
 python examples/train_upsampler.py && cp dlu_train/train.json bench/results/
@@ -8,9 +8,9 @@ python -m pytest bench/test_host.py --benchmark-only --benchmark-json bench/resu
 python bench/errors.py  # on either
 python bench/report.py
 
-README gets a summary; the tables of every case are bench/results/gpu.md and cpu.md. The GPU's results may be shards of
-one selection, `--shard 1/4` in bench/results/gpu-1.json and so on: all of them, of one commit on one kind of machine. A
-run that failed in part, or that -k or -m cut short, is refused.
+Summaries go into the blocks of `PAGES`; the tables of every case are docs/results/gpu.md and cpu.md. The GPU's results
+may be shards of one selection, `--shard 1/4` in bench/results/gpu-1.json and so on: all of them, of one commit on one
+kind of machine. A run that failed in part, or that -k or -m cut short, is refused.
 
 Draws with matplotlib and numpy of constraints.txt: others may draw other bytes; plots then count as out of date.
 """
@@ -38,8 +38,7 @@ sys.path.append(str(ROOT / "examples"))
 
 import train_upsampler  # noqa: E402
 
-RESULTS = Path("bench/results")
-PLOTS = RESULTS / "plots"
+RESULTS, PLOTS, TABLES = Path("bench/results"), Path("docs/plots"), Path("docs/results")
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MAKE = "python -m pytest {} --benchmark-only --benchmark-json {} && python bench/report.py"
 
@@ -630,7 +629,7 @@ def targets(run: Run, title: str, aimed: tuple[Target, ...]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Blocks of README, and the files with every case
+# Blocks of README and the pages, and the files with every case
 # ---------------------------------------------------------------------------------------------------------------
 
 OVER = (
@@ -639,7 +638,14 @@ OVER = (
 )
 OF_A_COPY = "“Of a copy” is the rate of the bytes that have to be moved over that of a plain copy."
 CASES = "s is the scale factor, k the kernel size; an empty cell was not measured."
-GPU_CASES, CPU_CASES = RESULTS / "gpu.md", RESULTS / "cpu.md"
+GPU_CASES, CPU_CASES = TABLES / "gpu.md", TABLES / "cpu.md"
+PAGES = {  # whose blocks are written, by their names
+    "README.md": ("train-short", "gpu-short"),
+    "docs/choosing.md": ("train",),
+    "docs/explain.md": ("explain",),
+    "docs/performance.md": ("gpu", "cpu", "host"),
+    "docs/promises.md": ("errors",),
+}
 
 
 def gpu(run: Run | None) -> str:
@@ -655,9 +661,16 @@ def gpu(run: Run | None) -> str:
         overview(run),
         *_steps(steps_overview(run, "neck", "module")),
         *(_picture(name, PLOT_TEXTS[name]) for name in drawings(run)),
-        f"[Every case]({GPU_CASES})",
+        f"[Every case]({_from_docs(GPU_CASES)})",
     ]
     return "\n\n".join(parts)
+
+
+def gpu_short(run: Run | None) -> str:
+    if run is None:
+        where = "The kernels are compiled for GPUs, and tested in Triton's interpreter."
+        return f"**Speed on a GPU: not measured yet.** {where}"
+    return f"Speed on a GPU: {_gpu_machine(run)}\n\n{targets(run, '<code>dlu_upsample</code> forward', TARGETS)}"
 
 
 def gpu_cases(run: Run) -> str:
@@ -709,7 +722,7 @@ def cpu(run: Run | None) -> str:
         f"<code>dlu_upsample</code>, median times. {OVER} {CASES}",
         table,
         *_steps(steps_overview(run, "neck")),
-        f"[Everything else]({CPU_CASES})",
+        f"[Everything else]({_from_docs(CPU_CASES)})",
     ]
     return "\n\n".join(parts)
 
@@ -719,7 +732,7 @@ def cpu_cases(run: Run) -> str:
     parts = [
         "# Speed on a CPU",
         _cpu_machine(run),
-        f"Median times; those of <code>dlu_upsample</code> are in README. {OVER} {CASES}",
+        f"Median times; those of <code>dlu_upsample</code> are in [Performance](../performance.md). {OVER} {CASES}",
         *every_case(run, rest, "eager", ("time, ms", 1e3), {}),
     ]
     steps = steps_table(run)
@@ -875,6 +888,29 @@ def read_training(root: Path, *, allow_dirty: bool) -> dict[str, Any] | None:
     return figures
 
 
+def training_short(figures: dict[str, Any] | None) -> str:
+    """A row for each scale, with the PSNR of each upsampler and DLU's share of CARAFE's parameters."""
+    if figures is None:
+        return "Not measured yet."
+    scales = defaultdict(dict)
+    for row in figures["methods"]:
+        scales[row["scale"]][row["method"]] = row
+    methods = list(dict.fromkeys(row["method"] for row in figures["methods"]))
+    rows = []
+    for scale, found in scales.items():
+        cells = [f"{found[method]['psnr']:.2f}" if method in found else "" for method in methods]
+        dlu, carafe = (found[method]["parameters"] if method in found else None for method in ("dlu", "carafe"))
+        rows.append([f"{scale}{TIMES}", *cells, f"{dlu / carafe:.0%}" if dlu and carafe else ""])
+    titles = [train_upsampler.TITLES[method] for method in methods]
+    parts = [
+        markdown(["scale", *titles, "DLU's share of CARAFE's parameters"], rows, 1),
+        f"PSNR in dB, {train_upsampler.place(figures)[0].lower()}{train_upsampler.place(figures)[1:]}.",
+        train_upsampler.BOOTSTRAP,
+        "\n".join(f"- {line}" for line in train_upsampler.verdicts(figures)),
+    ]
+    return "\n\n".join(parts)
+
+
 def training(figures: dict[str, Any] | None) -> str:
     """The example that trains: what came out of it, and where DLU ties."""
     if figures is None:
@@ -886,7 +922,7 @@ def training(figures: dict[str, Any] | None) -> str:
         train_upsampler.BOOTSTRAP,
         "\n".join(f"- {line}" for line in train_upsampler.verdicts(figures)),
         _picture("train", PLOT_TEXTS["train"]),
-        f"[By photograph]({RESULTS / train_upsampler.TABLE})",
+        f"[By photograph]({_from_docs(TABLES / train_upsampler.TABLE)})",
     ]
     return "\n\n".join(parts)
 
@@ -901,12 +937,9 @@ PLOT_TEXTS = {
     "roofline": "Share of a copy's bytes per second that dlu_upsample reaches, by case",
     "train": "PSNR on held-out photographs against the parameters of the upsampler, a panel for each scale",
 }
-INK = {"light": ("#1f2328", "#d1d9e0"), "dark": ("#e6edf3", "#3d444d")}  # text and grid
+INK, GRID, PAPER = "#1f2328", "#d1d9e0", "#ffffff"  # not transparent: pages may be dark
 # Okabe and Ito's colours, which the colour-blind tell apart; those that contrast with the background by 3 to 1.
-COLOURS = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#cc5b9e", "#1f2328"),
-    "dark": ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#e6edf3"),
-}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc5b9e", "#1f2328")
 MARKERS = "osD^v"
 
 
@@ -922,20 +955,19 @@ def plots(run: Run) -> dict[Path, str]:
 def render(pictures: dict[str, Callable[[tuple[str, ...]], Figure]]) -> dict[Path, str]:
     """SVG files by name, the same bytes for the same results."""
     found = {}
-    for mode, (ink, grid) in INK.items():
-        style = {
-            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-            **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-            **{"grid.color": grid, "font.size": 9, "axes.axisbelow": True, "figure.constrained_layout.use": True},
-            **{"svg.hashsalt": "dlu_triton", "svg.fonttype": "none"},  # text of the viewer's: a fifth of the bytes
-        }
-        for name, draw in pictures.items():
-            file = io.StringIO()
-            with matplotlib.style.context(("default", style)):
-                draw(COLOURS[mode]).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-            lines = (line.rstrip() for line in file.getvalue().splitlines())
-            found[PLOTS / f"{name}-{mode}.svg"] = "\n".join(lines) + "\n"
+    style = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **{"grid.color": GRID, "font.size": 9, "axes.axisbelow": True, "figure.constrained_layout.use": True},
+        **{"svg.hashsalt": "dlu_triton", "svg.fonttype": "none"},  # text of the viewer's: a fifth of the bytes
+    }
+    for name, draw in pictures.items():
+        file = io.StringIO()
+        with matplotlib.style.context(("default", style)):
+            draw(COLOURS).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        lines = (line.rstrip() for line in file.getvalue().splitlines())
+        found[PLOTS / f"{name}.svg"] = "\n".join(lines) + "\n"
     return found
 
 
@@ -1013,11 +1045,12 @@ def _plain_ticks(axis: Any, text: str) -> None:
 
 
 def _picture(name: str, text: str) -> str:
-    dark, light = (PLOTS / f"{name}-{mode}.svg" for mode in ("dark", "light"))
-    return (
-        f'<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="{dark}">\n'
-        f'  <img alt="{text}" src="{light}">\n</picture>'
-    )
+    return f"![{text}]({_from_docs(PLOTS / name)}.svg)"
+
+
+def _from_docs(path: Path) -> str:
+    """As the pages, which lie beside each other, link to it."""
+    return str(path.relative_to("docs"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1031,21 +1064,24 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     on_cpu = read(root, "cpu.json", "cpu", allow_dirty=allow_dirty)
     on_host = read(root, "host.json", None, allow_dirty=allow_dirty, group=HOST)
     trained = read_training(root, allow_dirty=allow_dirty)
-    readme = root.joinpath("README.md").read_text()
     blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "host": host(on_host)}
     blocks |= {"train": training(trained), "errors": accuracy(root, allow_dirty=allow_dirty)}
-    for name, text in blocks.items():
-        block = f"<!-- {name}: bench/report.py -->\n\n{text}\n\n<!-- end -->"
-        readme, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, readme, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"README must have one block {name!r}, got {count}")
-    found = {Path("README.md"): readme}
+    blocks |= {"train-short": training_short(trained), "gpu-short": gpu_short(on_gpu)}
+    found = {}
+    for page, names in PAGES.items():
+        text = root.joinpath(page).read_text()
+        for name in names:
+            block = f"<!-- {name}: bench/report.py -->\n\n{blocks[name]}\n\n<!-- end -->"
+            text, count = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+            if count != 1:
+                raise ValueError(f"{page} must have one block {name!r}, got {count}")
+        found[Path(page)] = text
     if on_gpu is not None:
         found |= {GPU_CASES: gpu_cases(on_gpu), **plots(on_gpu)}
     if on_cpu is not None:
         found[CPU_CASES] = cpu_cases(on_cpu)
     if trained is not None:
-        found[RESULTS / train_upsampler.TABLE] = train_upsampler.document(trained)
+        found[TABLES / train_upsampler.TABLE] = train_upsampler.document(trained)
         found |= render({"train": partial(train_upsampler.draw, trained)})
     return found
 

@@ -19,7 +19,7 @@ from .ops.carafe import carafe, carafe_upsample
 from .ops.dlu import dlu_upsample, expand_kernels
 from .reference import CAMParts
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "CARAFE",
     "AblationCAM",

@@ -1,5 +1,5 @@
-"""`python -m dlu_triton`: see the kernels agree with float64, what they do to a photograph, what maps explain, and
-what upsamplers cost."""
+"""`python -m dlu_triton`: see the kernels agree with float64, what they do to a photograph, what maps explain, what
+upsamplers cost, and what a report of a bug needs to say."""
 
 import argparse
 import errno
@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
     )
     demo.add_argument("image", nargs="?", type=path, metavar="IMAGE", help="default: a photograph from the package")
     demo.add_argument(
-        "--out", type=path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
+        "--out", type=path, default=Path("dlu_demo"), metavar="DIR", help="folder of the pictures (%(default)s)"
     )
     explain = commands.add_parser(
         "explain", help="train a small network to find digits on photographs, and measure every class activation map"
@@ -88,12 +88,17 @@ def _run(arguments: list[str]) -> int:
     complexity.add_argument(
         "--channels", type=positive_integer, default=256, metavar="C", help="of the features (%(default)s)"
     )
+    commands.add_parser("info", help="print versions, the machine and settings, for a report of a bug")
     options = parser.parse_args(arguments)
 
     if options.command == "complexity":  # no kernel runs
         from . import _count
 
         return _count.run(options.channels)
+    if options.command == "info":  # nor here
+        from . import _info
+
+        return _info.run()
 
     # Without a GPU `verify` is about the interpreted kernels, the demos about the CPU path. Triton decides at import.
     interpret = options.command == "verify"

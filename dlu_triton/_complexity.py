@@ -26,8 +26,8 @@ class UpsamplerCost(NamedTuple):
     """What an upsampling module costs."""
 
     parameters: int
-    flops: int  # per source pixel, without the interpolation
-    interpolation_flops: int  # per source pixel, of sampling the kernels; 0 for CARAFE
+    flops: int  #: per source pixel, without the interpolation
+    interpolation_flops: int  #: per source pixel, of sampling the kernels; 0 for CARAFE
 
 
 class Complexity(NamedTuple):
@@ -36,7 +36,7 @@ class Complexity(NamedTuple):
     dlu: UpsamplerCost
     carafe: UpsamplerCost
     parameters_saved: float
-    flops_saved: float  # without the interpolation
+    flops_saved: float  #: without the interpolation
     flops_saved_with_interpolation: float
 
 
@@ -52,7 +52,7 @@ def complexity(
     """Parameters and FLOPs of `DLUPack` and `CARAFEPack`, by the formulas of the papers (arXiv 2410.22139, 1905.02188).
 
     With C channels, Cm compressed channels, scale s, kernel size k, encoder kernel e, G groups, and the channels that
-    the encoders put out, A = G*s^2*k^2 for CARAFE and A = G*(k^2 + 2*s^2) for DLU:
+    the encoders put out, A = G*s^2*k^2 for CARAFE and A = G*(k^2 + 2*s^2) for DLU::
 
         parameters     (C + 1)*Cm + (e^2*Cm + 1)*A
         FLOPs          2*(C + 1)*Cm + 2*(e^2*Cm + 1)*A + 2*s^2*k^2*C
@@ -67,8 +67,8 @@ def complexity(
             same defaults. The last by name only, since the modules have a dilation before it.
 
     Returns:
-        A named tuple: `dlu` and `carafe`, each with `parameters`, `flops` and `interpolation_flops`; and the shares
-        saved by DLU, `parameters_saved`, `flops_saved` (without the interpolation) and
+        A named tuple of `dlu` and `carafe`, each with `parameters`, `flops` and `interpolation_flops`, and of the
+        shares that DLU saves, `parameters_saved`, `flops_saved` (without the interpolation) and
         `flops_saved_with_interpolation`.
 
     Raises:

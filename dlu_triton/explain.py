@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,16 +43,17 @@ class Explanation(_Shown):
 
     No graph hangs on any of it. Maps and channel values are float32, float64 for a float64 model.
 
-        map            (N, [K,] H, W), on the size of the inputs, from 0 to 1 unless `normalize=False`
-        raw            (N, [K,] h, w), on the size of the layer, signed: before ReLU, resize and normalisation
-        weights        (N, [K,] C), None for methods that weigh every pixel by itself
-        contributions  (N, [K,] C), each channel's share of the sum of `raw`, for `metrics`
-        cancellation   (N, C), |sum of A| / sum of |A| of each channel; where signed activations cancel it is near
-                       zero, and XGrad-CAM's weights are large and mean little
-        logits         what the model returned, detached
-        scores         (N, [K]), the scores explained
-        target         (N, [K]), their classes; None where the target was a callable
-        dead           (N, [K]) bool: nothing in `raw` is positive, so there is no evidence, and the map is zero
+    Attributes:
+        map: (N, [K,] H, W), on the size of the inputs, from 0 to 1 unless `normalize=False`.
+        raw: (N, [K,] h, w), on the size of the layer, signed: before ReLU, resize and normalisation.
+        weights: (N, [K,] C), None for methods that weigh every pixel by itself.
+        contributions: (N, [K,] C), each channel's share of the sum of `raw`, for `metrics`.
+        cancellation: (N, C), `|sum of A| / sum of |A|` of each channel; where signed activations cancel it is near
+            zero, and XGrad-CAM's weights are large and mean little.
+        logits: what the model returned, detached.
+        scores: (N, [K]), the scores explained.
+        target: (N, [K]), their classes; None where the target was a callable.
+        dead: (N, [K]) bool: nothing in `raw` is positive, so there is no evidence, and the map is zero.
     """
 
     map: Tensor
@@ -69,11 +71,14 @@ class Explanation(_Shown):
 class FusedExplanation(_Shown):
     """What several layers say together, of `fuse="mean"`.
 
-    map     (N, [K,] H, W): the mean of the layers' maps, each normalised and then resized as in pytorch-grad-cam;
-            the mean is normalised again unless `normalize=False`
-    layers  an `Explanation` of each layer, for `metrics`
-    logits, scores, target  as in `Explanation`
-    dead    (N, [K]) bool: where all layers are
+    Attributes:
+        map: (N, [K,] H, W), the mean of the layers' maps, each normalised and then resized as in pytorch-grad-cam;
+            the mean is normalised again unless `normalize=False`.
+        layers: an `Explanation` of each layer, for `metrics`.
+        logits: as in `Explanation`.
+        scores: as in `Explanation`.
+        target: as in `Explanation`.
+        dead: (N, [K]) bool: where all layers are.
     """
 
     map: Tensor
@@ -198,27 +203,27 @@ class _Explainer:
 
 
 class XGradCAM(_Explainer):
-    __doc__ = f"XGrad-CAM (arXiv 2008.02312).\n\n{_Explainer.__doc__}"
+    __doc__ = f"XGrad-CAM (arXiv 2008.02312).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
     _method = "xgradcam"
 
 
 class GradCAM(_Explainer):
-    __doc__ = f"Grad-CAM (arXiv 1610.02391).\n\n{_Explainer.__doc__}"
+    __doc__ = f"Grad-CAM (arXiv 1610.02391).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
     _method = "gradcam"
 
 
 class GradCAMPlusPlus(_Explainer):
-    __doc__ = f"Grad-CAM++ (arXiv 1710.11063).\n\n{_Explainer.__doc__}"
+    __doc__ = f"Grad-CAM++ (arXiv 1710.11063).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
     _method = "gradcam++"
 
 
 class HiResCAM(_Explainer):
-    __doc__ = f"HiResCAM (arXiv 2011.08891).\n\n{_Explainer.__doc__}"
+    __doc__ = f"HiResCAM (arXiv 2011.08891).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
     _method = "hirescam"
 
 
 class LayerCAM(_Explainer):
-    __doc__ = f"LayerCAM (Jiang et al., TIP 2021).\n\n{_Explainer.__doc__}"
+    __doc__ = f"LayerCAM (Jiang et al., TIP 2021).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
     _method = "layercam"
 
 
@@ -226,8 +231,9 @@ class AblationCAM(_Explainer):
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): weights are relative drops of the score without a channel.
 
     Takes no gradient, and C forward passes of what follows the layer for every image. Arguments are those of the other
-    explainers, and:
+    explainers, and three more.
 
+    Args:
         batch_size: channels that are ablated at a time.
         reuse_trunk: whether what precedes the layer runs once for `batch_size` ablations. False repeats the inputs
             instead: for models that fix the batch size before the layer, or pass the layer by. Images are taken one by

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def conservation(explanation: Explanation) -> Tensor:
-    """Relative conservation error |S - sum of the raw map| / |S| of each score S: (N, [K]).
+    """Relative conservation error `|S - sum of the raw map| / |S|` of each score S: (N, [K]).
 
     Maps of Grad-CAM++, LayerCAM and Ablation-CAM are not meant to sum to the score, and err by construction.
     """
@@ -42,7 +42,7 @@ def conservation(explanation: Explanation) -> Tensor:
 
 
 def sensitivity(explanation: Explanation, drops: Tensor) -> Tensor:
-    """Relative sensitivity error: sum over k of |drop_k - contribution_k| / sum over k of |drop_k|, (N, [K]).
+    """Relative sensitivity error: sum over k of `|drop_k - contribution_k|` / sum over k of `|drop_k|`, (N, [K]).
 
     Args:
         explanation: of the same model, layer, inputs and target as the drops.
@@ -98,8 +98,8 @@ class ScoreDecomposition(NamedTuple):
     """Both sides of Eq. 5: score = activations + biases, each (N, [K])."""
 
     score: Tensor
-    activations: Tensor  # sum of gradients * activations of the layer
-    biases: Tensor  # sum of gradients * biases of what follows
+    activations: Tensor  #: sum of gradients * activations of the layer
+    biases: Tensor  #: sum of gradients * biases of what follows
 
     @property
     def residual(self) -> Tensor:
@@ -227,8 +227,8 @@ def _inside(maps: Tensor, boxes: Tensor, tolerance: int) -> Tensor:
 class ConfidenceChange(NamedTuple):
     """Their means over a data set are the average drop and the increase in confidence of Grad-CAM++."""
 
-    drop: Tensor  # (N, [K]), max(0, Y - O) / Y for the probabilities Y of the image and O of the masked image
-    increase: Tensor  # (N, [K]) bool, Y < O
+    drop: Tensor  #: (N, [K]), max(0, Y - O) / Y for the probabilities Y of the image and O of the masked image
+    increase: Tensor  #: (N, [K]) bool, Y < O
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ class DLUPack(_Pack):
         nn.init.zeros_(self.conv_offset.weight)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """(N, channels, H, W) -> (N, channels, s*H, s*W), or (N, channels, *output_size) for pyramids of odd sizes:
+        """(N, channels, H, W) -> (N, channels, s*H, s*W), or `(N, channels, *output_size)` for pyramids of odd sizes:
         `upsampler(coarse, output_size=fine.shape[-2:])`, each from 1 to s times that of x."""
         _checks.pack_input(x, self.channels)
         compressed = self.channel_compressor(x)
@@ -154,7 +154,7 @@ class CARAFEPack(_Pack):
         nn.init.normal_(self.content_encoder.weight, std=0.001)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """(N, channels, H, W) -> (N, channels, s*H, s*W), or (N, channels, *output_size) for pyramids of odd sizes:
+        """(N, channels, H, W) -> (N, channels, s*H, s*W), or `(N, channels, *output_size)` for pyramids of odd sizes:
         `upsampler(coarse, output_size=fine.shape[-2:])`, each from 1 to s times that of x."""
         _checks.pack_input(x, self.channels)
         logits = self.content_encoder(self.channel_compressor(x))

@@ -39,7 +39,10 @@ def carafe(
 ) -> Tensor:
     """See `dlu_triton.carafe`.
 
-    out[c, i, j] = sum over u, v in -r..r of masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
+    In short::
+
+        out[c, i, j] = sum over u, v in -r..r of
+                       masks[g(c), (u + r) * k + v + r, i, j] * features[c, i//s + u, j//s + v]
     """
     _checks.carafe(features, masks, kernel_size, group_size, scale_factor, output_size)
     c, (h, w) = features.shape[1], masks.shape[2:]
@@ -127,11 +130,11 @@ def dlu_upsample(
 class CAMParts(NamedTuple):
     """Class activation maps and what their pass over the activations knows besides; K only for K maps an image."""
 
-    map: Tensor  # (N, [K,] H, W)
-    raw: Tensor  # (N, [K,] h, w), signed: before ReLU, resize and normalisation
-    weights: Tensor | None  # (N, [K,] C); None for methods that weigh every pixel
-    contributions: Tensor  # (N, [K,] C), the sum over the pixels of each channel's share of `raw`
-    cancellation: Tensor  # (N, C), |sum of A| / sum of |A|: 1 without cancellation (and for a dead channel), 0 in full
+    map: Tensor  #: (N, [K,] H, W)
+    raw: Tensor  #: (N, [K,] h, w), signed, before ReLU, resize and normalisation
+    weights: Tensor | None  #: (N, [K,] C); None for methods that weigh every pixel
+    contributions: Tensor  #: (N, [K,] C), the sum over the pixels of each channel's share of `raw`
+    cancellation: Tensor  #: (N, C), `|sum of A| / sum of |A|`, 1 without cancellation, and for a dead channel
 
 
 def class_activation_parts(

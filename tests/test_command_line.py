@@ -96,7 +96,7 @@ def test_complexity_without_the_interpreter():
 # arguments, exit status, last line on stderr; {here} is a folder of broken things
 MISTAKES = [
     ([], 2, "python -m dlu_triton: error: the following arguments are required: COMMAND"),
-    (["nonsense"], 2, "python -m dlu_triton: error: argument COMMAND: invalid choice: 'nonsense' (choose from verify, demo, explain, complexity)"),
+    (["nonsense"], 2, "python -m dlu_triton: error: argument COMMAND: invalid choice: 'nonsense' (choose from verify, demo, explain, complexity, info)"),
     (["verify", "extra"], 2, "python -m dlu_triton: error: unrecognized arguments: extra"),
     (["verify", "--channels", "3"], 2, "python -m dlu_triton: error: unrecognized arguments: --channels 3"),
     (["complexity", "--channels", "0"], 2, "python -m dlu_triton complexity: error: argument --channels: the number must be from 1 to 1000000, got 0"),
@@ -123,6 +123,7 @@ MISTAKES = [
     (["demo", "--out", "{here}/" + "x" * 300], 1, "dlu_triton demo: error: cannot write to folder {here}/" + "x" * 300 + ": File name too long"),
     (["explain", "--out", "{here}/text.png"], 1, "dlu_triton explain: error: cannot write to folder {here}/text.png: File exists"),
     (["explain", "image.png"], 2, "python -m dlu_triton: error: unrecognized arguments: image.png"),
+    (["info", "all"], 2, "python -m dlu_triton: error: unrecognized arguments: all"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Bad values and bad layouts: no address outside of an argument, and damage that stays where README says."""
+"""Bad values and bad layouts: no address outside of an argument, and damage that stays where docs/promises.md says."""
 
 import math
 import os
@@ -564,11 +564,11 @@ def test_denormals_are_not_flushed(dtype):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
 def test_largest_float32_features(device):
-    """README's share of the largest number: beyond it, parts for the tensor cores are infinite, and no number spreads
-    before it."""
+    """The promised share of the largest number: beyond it, parts for the tensor cores are infinite, and no number
+    spreads before it."""
     if _launch.precision(torch.float32) != "tf32x3":
         pytest.skip("no parts are taken")
-    share = float(re.search(r"within (\S+)% of the largest number", README)[1]) / 100
+    share = float(re.search(r"within (\S+)% of the largest number", PROMISES)[1]) / 100
     case = replace(SMALL, channels=2, groups=1, height=2, width=3, kernel_size=3)
     arguments = _verify.inputs("carafe", case, torch.float32, device)
     del arguments["grad_output"]
@@ -597,15 +597,15 @@ def test_masks_beyond_the_image(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# README's numbers
+# Numbers of docs/promises.md
 # ---------------------------------------------------------------------------------------------------------------
 
-README = " ".join(Path(__file__).parents[1].joinpath("README.md").read_text().split())
+PROMISES = " ".join(Path(__file__).parents[1].joinpath("docs", "promises.md").read_text().split())
 WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 SETTINGS = list(product(range(1, 17), (1, 3, 5, 7, 9), (2, 4, 8), (False, True)))
 
 
-def test_readme_has_the_reach_of_features():
+def test_promises_have_the_reach_of_features():
     """Along an axis: outputs of a tile beside one that loads it, and source pixels beyond the window of that."""
     outputs, rows_beyond, columns_beyond = 0, 0, 0
     for s, k, itemsize, last in SETTINGS:
@@ -621,11 +621,11 @@ def test_readme_has_the_reach_of_features():
                 max(a - each.start, each.stop - 1 - b) for each, (a, b) in zip((rows, columns), reached, strict=True)
             ]
             rows_beyond, columns_beyond = max(rows_beyond, beyond[0]), max(columns_beyond, beyond[1])
-    said = re.search(r"up to (\d+) output pixels, and (\w+) rows or (\w+) columns of the source beyond", README)
+    said = re.search(r"up to (\d+) output pixels, and (\w+) rows or (\w+) columns of the source beyond", PROMISES)
     assert (outputs, rows_beyond, columns_beyond) == (int(said[1]), WORDS[said[2]], WORDS[said[3]])
 
 
-def test_readme_has_the_reach_of_gradients():
+def test_promises_have_the_reach_of_gradients():
     farthest = 0
     for s, k, itemsize, last in SETTINGS:
         strip = _launch.gather_tile(s, k, itemsize, last).strip
@@ -635,7 +635,7 @@ def test_readme_has_the_reach_of_gradients():
                 rows, columns = gathered(strip, case, y * s, column)
                 farthest = max(farthest, y - rows.start, rows.stop - 1 - y)
                 farthest = max(farthest, *(max(x - each.start, each.stop - 1 - x) for each in columns))
-    assert farthest == int(re.search(r"in its channel, by up to (\d+) source pixels", README)[1])
+    assert farthest == int(re.search(r"in its channel, by up to (\d+) source pixels", PROMISES)[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------

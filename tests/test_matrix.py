@@ -54,7 +54,7 @@ def test_a_run_without_a_report_fails(tmp_path):
 
 def test_tests_have_no_package_beside_them(tmp_path):
     source = tmp_path / "source"
-    for name in ("dlu_triton/__init__.py", "dlu_triton.egg-info/PKG-INFO", "tests/test_a.py", "pyproject.toml"):
+    for name in ("dlu_triton/__init__.py", "tests/test_a.py", "pyproject.toml"):
         source.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
         source.joinpath(name).touch()
     with tarfile.open(tmp_path / "sdist.tar.gz", "w:gz") as archive:

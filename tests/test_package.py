@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,17 +23,20 @@ import dlu_triton
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+CHANGELOG = ROOT.joinpath("CHANGELOG.md").read_text()
+RELEASE = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", CHANGELOG, re.MULTILINE)  # the newest: version and day
 NAME = f"dlu_triton-{dlu_triton.__version__}"
 INFO = f"{NAME}.dist-info"
 
 if not ROOT.joinpath("dlu_triton").exists():
     pytest.skip("builds the package beside the tests", allow_module_level=True)
-if Version(importlib.metadata.version("setuptools")) < Version("77.0.3"):
-    pytest.skip("builds with setuptools 77 or newer", allow_module_level=True)
+if importlib.util.find_spec("hatchling") is None:
+    pytest.skip("builds with hatchling", allow_module_level=True)
 
 
-def run(*command, cwd, **environment):
-    process = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(*command, cwd, umask=-1, **environment):
+    environment = {**os.environ, **environment}
+    process = subprocess.run(command, cwd=cwd, env=environment, umask=umask, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     return process.stdout
 
@@ -43,36 +48,27 @@ def tracked_files():
         paths = [path for path in paths if ROOT.joinpath(path).exists()]
     else:  # an unpacked source distribution
         paths = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-        generated = re.compile(r"PKG-INFO|setup.cfg|.*\.egg-info/.*|.*__pycache__/.*")
+        generated = re.compile(r"PKG-INFO|.*__pycache__/.*")
         paths = [path for path in paths if not generated.fullmatch(path)]
     return {path for path in paths if not path.startswith(".")}
 
 
-def copied(tmp_path_factory):
-    """The project in another place, as building leaves files behind."""
-    folder = tmp_path_factory.mktemp("source")
-    for path in tracked_files():
-        folder.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, folder / path)
-    return folder
-
-
-def build(kind, source, folder):
+def build(kind, source, folder, **surroundings):
     """By the build backend as `python -m build` calls it, without an environment of its own."""
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
-    run(sys.executable, "-c", code, cwd=source)
+    code = f"from hatchling import build; build.build_{kind}({str(folder)!r})"
+    run(sys.executable, "-c", code, cwd=source, **surroundings)
     (path,) = folder.iterdir()
     return path
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    return build("sdist", copied(tmp_path_factory), tmp_path_factory.mktemp("sdist"))
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build("wheel", copied(tmp_path_factory), tmp_path_factory.mktemp("wheel"))
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +94,66 @@ def test_wheel_holds_the_package_alone(wheel):
     package = {path for path in tracked_files() if path.startswith("dlu_triton/")}
     assert {"dlu_triton/py.typed", "dlu_triton/data/coffee.jpg", "dlu_triton/data/LICENSE.md"} <= package
     licences = {f"licenses/{path}" for path in PROJECT["license-files"]}
-    described = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", *licences)}
+    described = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", *licences)}
     assert set(contents(wheel)) == package | described
-    assert contents(wheel)[f"{INFO}/top_level.txt"] == b"dlu_triton\n"
 
 
 def test_sdist_holds_the_project(sdist):
     """Tests with their scripts and data, and what these read."""
     with tarfile.open(sdist) as archive:
         found = {member.name.removeprefix(f"{NAME}/") for member in archive.getmembers() if member.isfile()}
-    generated = {path for path in found if path in ("PKG-INFO", "setup.cfg") or path.startswith("dlu_triton.egg-info/")}
-    assert found - generated == tracked_files()
+    assert found == tracked_files() | {"PKG-INFO", ".gitignore"}
     assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "constraints.txt"} < found
     assert {"tests/conftest.py", "tests/layouts.py", "tests/data/dlu_0.npz"} < found
 
 
-def test_wheel_of_the_sdist_is_the_same(wheel, unpacked, tmp_path):
-    assert contents(build("wheel", unpacked, tmp_path)) == contents(wheel)
+def test_builds_are_the_same_bytes(wheel, sdist, unpacked, tmp_path):
+    """From the clone and from its source distribution, in other places, at other times, by other users."""
+    source = shutil.copytree(unpacked, tmp_path / "elsewhere")
+    for path in source.rglob("*"):
+        os.utime(path, (time.time(), time.time()))
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    variables = {"TZ": "America/Lima", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
+    for kind, path in (("wheel", wheel), ("sdist", sdist)):
+        again = build(kind, source, tmp_path / kind, umask=0o077, **variables)
+        assert again.name == path.name
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_archives_say_nothing_of_who_made_them(wheel, sdist):
+    """Neither of users nor of the time."""
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert {(each.uid, each.gid, each.uname, each.gname, each.mode) for each in members} == {(0, 0, "", "", 0o644)}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} == {0o644}
+        times = {datetime(*entry.date_time, tzinfo=UTC).timestamp() for entry in archive.infolist()}
+    header = sdist.read_bytes()[:8]
+    assert {int.from_bytes(header[4:], "little"), *(each.mtime for each in members)} == times
+    assert len(times) == 1
+    assert max(times) < time.time() - 24 * 3600
+
+
+def test_the_changelog_has_this_version():
+    """Released with its day, or a later version that is being developed."""
+    newest = re.search(r"^## (.+)$", CHANGELOG, re.MULTILINE)[1]
+    version = Version(dlu_triton.__version__)
+    if newest == "Unreleased":
+        assert version.is_devrelease
+        assert version > Version(RELEASE[1])
+    else:
+        assert newest == f"{RELEASE[1]} ({RELEASE[2]})"
+        assert dlu_triton.__version__ == RELEASE[1]
+
+
+def required(extra):
+    """By an extra, and by those of the package itself that it names."""
+    for each in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        if each.name == PROJECT["name"]:
+            for other in each.extras:
+                yield from required(other)
+        else:
+            yield each
 
 
 def test_metadata_is_what_the_project_says(wheel):
@@ -127,10 +166,10 @@ def test_metadata_is_what_the_project_says(wheel):
     assert found.get_payload(decode=True).decode() == ROOT.joinpath("README.md").read_text()
     extras = PROJECT["optional-dependencies"]
     assert set(found.get_all("Provides-Extra")) == set(extras)
-    expected = [Requirement(each) for each in PROJECT["dependencies"]]
-    for extra, requirements in extras.items():
-        expected += [Requirement(f'{each}; extra == "{extra}"') for each in requirements]
-    assert sorted(map(str, map(Requirement, found.get_all("Requires-Dist")))) == sorted(map(str, expected))
+    expected = {str(Requirement(each)) for each in PROJECT["dependencies"]}
+    for extra in extras:
+        expected |= {str(Requirement(f'{each}; extra == "{extra}"')) for each in required(extra)}
+    assert {str(Requirement(each)) for each in found.get_all("Requires-Dist")} == expected
 
 
 @pytest.mark.skipif(shutil.which("twine") is None, reason="needs twine")

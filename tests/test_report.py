@@ -1,4 +1,4 @@
-"""README's tables and plots, from made-up results in a made-up README."""
+"""Tables and plots of README and the pages, from made-up results in made-up pages."""
 
 import importlib.util
 import json
@@ -34,7 +34,6 @@ MACHINE = {
     "dirty": False,
 }
 SELECTION = {"name": "full", "shard": [1, 1], "failed": 0, "keyword": ""}
-BLOCKS = ("explain", "gpu", "cpu", "host", "train", "errors")
 SIZES = ((2, 8, 4, 5), (2, 8, 8, 10), (2, 8, 16, 20))
 
 
@@ -79,8 +78,10 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     explain = ROOT.joinpath("bench", "results", "explain.json").read_text()
     tmp_path.joinpath("bench", "results", "explain.json").write_text(explain)
-    blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in BLOCKS)
-    tmp_path.joinpath("README.md").write_text(f"Before\n{blocks}\nAfter\n")
+    (tmp_path / "docs").mkdir()
+    for page, names in report.PAGES.items():
+        blocks = "\n".join(f"<!-- {name}: bench/report.py -->\n<!-- end -->" for name in names)
+        tmp_path.joinpath(page).write_text(f"Before\n{blocks}\nAfter\n")
     return tmp_path
 
 
@@ -108,11 +109,12 @@ def plain(path):
 
 
 def block(root, name):
-    return re.search(rf"<!-- {name}: .*?<!-- end -->", plain(root / "README.md"), re.DOTALL)[0]
+    (page,) = (page for page, names in report.PAGES.items() if name in names)
+    return re.search(rf"<!-- {name}: .*?<!-- end -->", plain(root / page), re.DOTALL)[0]
 
 
 def cases(root, name="gpu"):
-    return plain(root / "bench" / "results" / f"{name}.md")
+    return plain(root / "docs" / "results" / f"{name}.md")
 
 
 def table(text):
@@ -152,11 +154,13 @@ def test_not_measured_yet(root, drawn):
         command = f"python -m pytest {what} --benchmark-only --benchmark-json bench/results/{name}.json"
         assert "Not measured yet." in block(root, name)
         assert command in block(root, name)
-    assert "picture" not in block(root, "gpu")
-    assert not root.joinpath("bench", "results", "plots").exists()
-    readme = root.joinpath("README.md").read_text()
-    assert readme.startswith("Before\n")
-    assert readme.endswith("\nAfter\n")
+    assert "![" not in block(root, "gpu")
+    assert not root.joinpath("docs", "plots").exists()
+    assert "**Speed on a GPU: not measured yet.**" in block(root, "gpu-short")
+    for page in report.PAGES:
+        text = root.joinpath(page).read_text()
+        assert text.startswith("Before\n")
+        assert text.endswith("\nAfter\n")
 
 
 def test_figures_are_those_of_the_file(root):
@@ -179,9 +183,11 @@ def test_figures_are_those_of_the_file(root):
     machine = "Made-up GPU, driver 1.2, runtime 3.4, host Made-up CPU, torch 5.6, Triton 7.8, Python 9.10"
     assert f"{machine}, commit 0123456789ab, `bench/results/gpu.json` (selection full)." in text
     assert "Not measured" not in text
-    assert "(bench/results/gpu.md)" in text
+    assert "(results/gpu.md)" in text
     assert "<details>" not in text
     assert machine in cases(root)
+    assert machine in block(root, "gpu-short")
+    assert "share of a copy" in block(root, "gpu-short")
 
 
 def test_overview_over_all_cases(root):
@@ -322,9 +328,9 @@ def test_without_a_series_there_is_no_scaling(root, drawn):
     report.main([], root)
     assert target(root, "time per element") == ("", "not measured")
     assert "Scaling" not in cases(root)
-    assert "scaling-" not in block(root, "gpu")
-    assert "roofline-" in block(root, "gpu")
-    assert not list(root.glob("bench/results/plots/scaling-*"))
+    assert "scaling.svg" not in block(root, "gpu")
+    assert "roofline.svg" in block(root, "gpu")
+    assert not list(root.glob("docs/plots/scaling*"))
 
 
 def test_cpu_times(root):
@@ -342,7 +348,7 @@ def test_cpu_times(root):
     assert "over official" not in row
     assert "<sup>1</sup> official: not installed" in block(root, "cpu")
     assert "Made-up CPU, threads: 3, torch 5.6" in block(root, "cpu")
-    assert "(bench/results/cpu.md)" in block(root, "cpu")
+    assert "(results/cpu.md)" in block(root, "cpu")
     assert "carafe" not in block(root, "cpu")
     assert "GPU" not in block(root, "cpu")
     assert "Not measured yet." in block(root, "gpu")
@@ -354,7 +360,7 @@ def test_cpu_times(root):
     assert row["dlu_triton, µs"] == "78.9"
     assert "Made-up CPU, threads: 3, torch 5.6" in cases(root, "cpu")
     assert "<summary><code>dlu_upsample" not in cases(root, "cpu")
-    assert not root.joinpath("bench", "results", "gpu.md").exists()
+    assert not root.joinpath("docs", "results", "gpu.md").exists()
 
 
 def host_records():
@@ -882,53 +888,52 @@ def test_a_missing_field_of_the_run_is_named(root, field):
         report.main([], root)
 
 
-def test_readme_must_have_the_blocks(root):
-    root.joinpath("README.md").write_text("<!-- explain: bench/report.py -->\n<!-- end -->\n")
-    with pytest.raises(ValueError, match="README must have one block 'gpu', got 0"):
+@pytest.mark.parametrize("count", (0, 2))
+def test_pages_must_have_the_blocks(root, count):
+    block = "<!-- {}: bench/report.py -->\n<!-- end -->\n"
+    root.joinpath("docs", "performance.md").write_text(block.format("cpu") + count * block.format("gpu"))
+    with pytest.raises(ValueError, match=rf"^docs/performance\.md must have one block 'gpu', got {count}$"):
         report.main([], root)
 
 
 def test_check_writes_nothing_and_tells(root, drawn, capsys):
     write(root)
-    before = root.joinpath("README.md").read_text()
+    before = {page: root.joinpath(page).read_text() for page in report.PAGES}
     assert report.main(["--check"], root) == 1
-    assert "README.md is out of date: run python bench/report.py\n" in capsys.readouterr().err
-    assert root.joinpath("README.md").read_text() == before
-    assert not root.joinpath("bench", "results", "plots").exists()
+    stale = capsys.readouterr().err
+    for page, text in before.items():
+        assert f"{page} is out of date: run python bench/report.py\n" in stale
+        assert root.joinpath(page).read_text() == text
+    assert not root.joinpath("docs", "plots").exists()
     assert report.main([], root) == 0
     assert report.main(["--check"], root) == 0
     write(root, record("compiled", 20))
     assert report.main(["--check"], root) == 1
     report.main([], root)
     capsys.readouterr()
-    path = root / "bench" / "results" / "gpu.md"
+    path = root / "docs" / "results" / "gpu.md"
     path.write_text(path.read_text().replace("Made-up", "Real"))
     assert report.main(["--check"], root) == 1
-    assert capsys.readouterr().err == "bench/results/gpu.md is out of date: run python bench/report.py\n"
+    assert capsys.readouterr().err == "docs/results/gpu.md is out of date: run python bench/report.py\n"
     report.main([], root)
-    plot = root / "bench" / "results" / "plots" / "scaling-dark.svg"
+    plot = root / "docs" / "plots" / "scaling.svg"
     plot.write_text(plot.read_text().replace("picoseconds", "femtoseconds"))
     capsys.readouterr()
     assert report.main(["--check"], root) == 1
-    assert (
-        capsys.readouterr().err == "bench/results/plots/scaling-dark.svg is out of date: run python bench/report.py\n"
-    )
+    assert capsys.readouterr().err == "docs/plots/scaling.svg is out of date: run python bench/report.py\n"
 
 
-def test_plots_of_both_modes_are_the_same_each_time(root, drawn):
+def test_plots_are_the_same_each_time(root, drawn):
     write(root, record("compiled", 20))
     report.main([], root)
-    folder = root / "bench" / "results" / "plots"
+    folder = root / "docs" / "plots"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    modes, names = ("light", "dark"), ("roofline", "speedup", "scaling")
-    assert set(first) == {f"{name}-{mode}.svg" for name in names for mode in modes}
+    names = ("roofline", "speedup", "scaling")
+    assert set(first) == {f"{name}.svg" for name in names}
     for name in names:
-        for mode in modes:
-            for colour in (report.INK[mode][0], report.COLOURS[mode][0]):
-                assert colour.encode() in first[f"{name}-{mode}.svg"]
-        dark, light = (f"bench/results/plots/{name}-{mode}.svg" for mode in ("dark", "light"))
-        assert f'media="(prefers-color-scheme: dark)" srcset="{dark}"' in block(root, "gpu")
-        assert f'src="{light}"' in block(root, "gpu")
+        for colour in (report.PAPER, report.INK, report.COLOURS[0]):
+            assert colour.encode() in first[f"{name}.svg"]
+        assert f"](plots/{name}.svg)" in block(root, "gpu")
     for path in folder.iterdir():
         xml.etree.ElementTree.parse(path)
         assert b"<dc:date>" not in first[path.name]
@@ -940,12 +945,12 @@ def test_plots_of_both_modes_are_the_same_each_time(root, drawn):
 def test_plots_show_the_figures(root, drawn):
     write(root, record("triton", 12, direction="backward", roofline=0.432), record("compiled", 20))
     report.main([], root)
-    folder = root / "bench" / "results" / "plots"
-    roofline = plain(folder / "roofline-light.svg")
+    folder = root / "docs" / "plots"
+    roofline = plain(folder / "roofline.svg")
     for text in ("0.79", "0.43", "forward", "backward", "2x8x16x20 s 2 k 5 bfloat16 contiguous"):
         assert f">{text}</text>" in roofline
-    assert ">dlu_upsample over compiled</text>" in folder.joinpath("speedup-light.svg").read_text()
-    assert ">C 8 s 2 k 5 bfloat16 contiguous</text>" in folder.joinpath("scaling-light.svg").read_text()
+    assert ">dlu_upsample over compiled</text>" in folder.joinpath("speedup.svg").read_text()
+    assert ">C 8 s 2 k 5 bfloat16 contiguous</text>" in folder.joinpath("scaling.svg").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -995,12 +1000,15 @@ def test_training(root, drawn):
     assert "- 4x: DLU is better than bilinear; ties with CARAFE.\n" in text
     assert "Made-up CPU, threads: 3, torch 5.6, Triton 7.8, Python 9.10, commit 0123456789ab, `bench/results" in text
     assert "Python 9.10, commit 0123456789ab.\n" in cases(root, "train")
-    for mode in ("light", "dark"):
-        assert f"bench/results/plots/train-{mode}.svg" in text
-        plot = root / "bench" / "results" / "plots" / f"train-{mode}.svg"
-        xml.etree.ElementTree.parse(plot)
-        for word in ("4x", "bilinear", "CARAFE", "DLU"):
-            assert f">{word}</text>" in plain(plot)
+    assert "](plots/train.svg)" in text
+    plot = root / "docs" / "plots" / "train.svg"
+    xml.etree.ElementTree.parse(plot)
+    for word in ("4x", "bilinear", "CARAFE", "DLU"):
+        assert f">{word}</text>" in plain(plot)
+    (row,) = table(block(root, "train-short"))
+    assert (row["scale"], row["bilinear"], row["CARAFE"], row["DLU"]) == ("4x", "20.60", "21.10", "21.10")
+    assert row["DLU's share of CARAFE's parameters"] == "5%"  # 543 of 9,876
+    assert "- 4x: DLU is better than bilinear; ties with CARAFE.\n" in block(root, "train-short")
     assert report.main(["--check"], root) == 0
     write_training(root, torch="9.9")
     assert report.main(["--check"], root) == 1

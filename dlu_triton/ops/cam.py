@@ -229,13 +229,13 @@ def class_activation_parts(
     Arguments and errors are those of `class_activation_map`. Returns a named tuple; K is there for (N, K, C, h, w)
     gradients, and all of it is float32 (float64 for float64):
 
-        map            (N, [K,] H, W), as `class_activation_map` returns it
-        raw            (N, [K,] h, w), signed: before ReLU, resize and normalisation
-        weights        (N, [K,] C), None for the methods that weigh every pixel
-        contributions  (N, [K,] C), each channel's share of the sum of `raw`; conservation compares their sum with the
-                       score, sensitivity each of them with the drop of the score without its channel (paper, axioms)
-        cancellation   (N, C), |sum of A| / sum of |A| over the plane. Near zero, signed activations cancel, and the
-                       weights of XGrad-CAM, which divide by that sum, are large and mean little.
+    - `map`, (N, [K,] H, W), as `class_activation_map` returns it.
+    - `raw`, (N, [K,] h, w), signed: before ReLU, resize and normalisation.
+    - `weights`, (N, [K,] C), None for the methods that weigh every pixel.
+    - `contributions`, (N, [K,] C), each channel's share of the sum of `raw`; conservation compares their sum with the
+      score, sensitivity each of them with the drop of the score without its channel (paper, axioms).
+    - `cancellation`, (N, C), `|sum of A| / sum of |A|` over the plane. Near zero, signed activations cancel, and the
+      weights of XGrad-CAM, which divide by that sum, are large and mean little.
     """
     eps = _checks.class_activation_map(activations, gradients, method, eps, relu, size, normalize)
     return _parts(activations, gradients, method, eps, relu, size, normalize, wants_channels=True)
@@ -253,7 +253,7 @@ def class_activation_map(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Class activation map of a layer, from its activations A and the gradients G = dS/dA of a score.
 
-    XGrad-CAM is "Axiom-based Grad-CAM", arXiv 2008.02312. Sums are over the pixels (x, y) of a plane:
+    XGrad-CAM is "Axiom-based Grad-CAM", arXiv 2008.02312. Sums are over the pixels (x, y) of a plane::
 
         xgradcam     w = sum(G * A) / (sum(A) + eps)                                 arXiv 2008.02312
         gradcam      w = mean(G)                                                     arXiv 1610.02391
@@ -282,8 +282,8 @@ def class_activation_map(
         return_weights: also return the weights of "xgradcam", "gradcam" or "gradcam++".
 
     Returns:
-        (N, h, w), or (N, *size); (N, K, ...) for K classes. Float32, float64 for float64. With `return_weights` a pair:
-        this map and the weights (N, C) or (N, K, C).
+        (N, h, w), or `(N, *size)`; (N, K, ...) for K classes. Float32, float64 for float64. With `return_weights` this
+        map and the weights (N, C) or (N, K, C).
 
     Raises:
         TypeError: an argument is not a floating-point tensor or not a number, or float64 is mixed with others.
@@ -324,7 +324,7 @@ def weighted_activation_map(
         relu, size, normalize: as for `class_activation_map`.
 
     Returns:
-        (N, [K,] h, w), or (N, [K,] *size); float32, float64 for float64.
+        (N, [K,] h, w), or `(N, [K,] *size)`; float32, float64 for float64.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or float64 is mixed with others.

@@ -153,7 +153,7 @@ def carafe(
 ) -> Tensor:
     """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.2).
 
-    With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image:
+    With r = kernel_size // 2 and g(c) = c // (C / group_size), and zeros outside the image::
 
         out[c, i, j] = sum over u, v in -r..r of
                        masks[g(c), (u + r) * kernel_size + v + r, i, j] * features[c, i//scale + u, j//scale + v]
@@ -171,7 +171,7 @@ def carafe(
             that of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
         precision is summed in float32.
 
@@ -210,7 +210,7 @@ def carafe_upsample(
             of the source, and by default that. Rows and columns beyond are not computed, and have no gradient.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Softmax
         and sums are float32 at least.
 

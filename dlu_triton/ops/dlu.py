@@ -410,7 +410,7 @@ def dlu_upsample(
     Float32 and half precision may be mixed among the three tensors; float64 goes with float64 only.
 
     Returns:
-        (N, C, scale_factor * H, scale_factor * W) or (N, C, *output_size), in the dtype and memory format of the
+        (N, C, scale_factor * H, scale_factor * W) or `(N, C, *output_size)`, in the dtype and memory format of the
         features, under autocast in the dtype of the region, to which features other than float64 are cast. Half
         precision is summed in float32; coordinates are float32 (float64 for float64). A NaN offset makes its own
         output NaN.
@@ -434,7 +434,7 @@ def expand_kernels(
 ) -> Tensor:
     """Reassembly kernels of every output pixel, sampled from a kernel space (DLU, arXiv 2410.22139).
 
-    S = softmax of kernel_space over the kernel_size^2 channels of each group; then
+    S = softmax of kernel_space over the kernel_size^2 channels of each group; then::
 
         masks[g, :, i, j] = S[g] sampled bilinearly at x = clamp(j // scale + dx, 0, W - 1),
                                                        y = clamp(i // scale + dy, 0, H - 1)
