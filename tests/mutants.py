@@ -51,6 +51,7 @@ CAPTURE = "dlu_triton/_capture.py"
 METRICS = "dlu_triton/metrics.py"
 COMPLEXITY = "dlu_triton/_complexity.py"
 CHECKS = "dlu_triton/_checks.py"
+OPENMMLAB = "dlu_triton/integrations/openmmlab.py"
 
 
 class Mutant(NamedTuple):
@@ -1308,6 +1309,63 @@ MUTANTS = (
         "increase where nothing changes", METRICS,
         "after > before", "after >= before",
         ("test_metrics.py::test_confidence_change",),
+    ),
+    # OpenMMLab
+    Mutant(
+        "necks initialise encoders anew", OPENMMLAB,
+        "return _Encoder(super()._encoder(out_channels))", "return super()._encoder(out_channels)",
+        ("test_openmmlab.py::test_initialisation_outlives_that_of_a_neck",),
+    ),
+    Mutant(
+        "biases of registered encoders not zero", OPENMMLAB,
+        "nn.init.zeros_(child.bias)", "nn.init.ones_(child.bias)",
+        ("test_openmmlab.py::test_initialisation_outlives_that_of_a_neck",),
+    ),
+    Mutant(
+        "the official layer keeps its name", OPENMMLAB,
+        'name="dlu", force=True', 'name="dlu"',
+        ("test_openmmlab.py::test_necks_of_others_keep_their_names_and_layers_do_not",),
+    ),
+    Mutant(
+        "necks of others lose their names", OPENMMLAB,
+        "    if neck.__name__ not in MODELS.module_dict:\n        MODELS.register_module(module=neck)",
+        "    MODELS.register_module(module=neck, force=True)",
+        ("test_openmmlab.py::test_necks_of_others_keep_their_names_and_layers_do_not",),
+    ),
+    Mutant(
+        "mmcv's carafe after this one", OPENMMLAB,
+        'name="carafe", force=True', 'name="carafe"',
+        ("test_openmmlab.py::test_carafe_is_this_one_in_any_order_of_imports",),
+    ),
+    Mutant(
+        "end of the official neck included", OPENMMLAB,
+        "end_is_included = False", "end_is_included = True",
+        ("test_openmmlab.py::test_levels_of_the_two_necks",),
+    ),
+    Mutant(
+        "bias beside a norm", OPENMMLAB,
+        "bias=norm_cfg is None", "bias=True",
+        ("test_openmmlab.py::test_levels_of_the_two_necks",),
+    ),
+    Mutant(
+        "other layers not cut", OPENMMLAB,
+        "upsampler(maps[level])[..., :height, :width]", "upsampler(maps[level])[..., -height:, -width:]",
+        ("test_openmmlab.py::test_other_upsamplers_of_the_official_necks",),
+    ),
+    Mutant(
+        "bilinear aligns corners", OPENMMLAB,
+        '"align_corners": False', '"align_corners": True',
+        ("test_openmmlab.py::test_other_upsamplers_of_the_official_necks",),
+    ),
+    Mutant(
+        "pyramids share one upsampler", OPENMMLAB,
+        "self._upsampler(cfg) for _ in range(num_outs - 1)", "[self._upsampler(cfg)] * (num_outs - 1)",
+        ("test_openmmlab.py::test_pyramids_agree_with_eager_float64",),
+    ),
+    Mutant(
+        "more levels beyond an end", CHECKS,
+        "None if stop == levels else stop - start)", "None)",
+        ("test_openmmlab.py::test_wrong_arguments_of_necks",),
     ),
     # What is not theirs
     Mutant(

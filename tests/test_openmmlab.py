@@ -421,13 +421,17 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_necks_of_others_keep_their_names():
+def test_necks_of_others_keep_their_names_and_layers_do_not():
     code = f"""
 from mmengine.registry import MODELS
+@MODELS.register_module(name="dlu")
+class OfficialLayer:
+    pass
 @MODELS.register_module()
 class UNIFIED_FPN:
     pass
 import {NAME} as ours
+assert MODELS.get("dlu") is ours.DLUPack
 assert MODELS.get("UNIFIED_FPN") is UNIFIED_FPN
 assert MODELS.get("FPN_CARAFE") is ours.FPN_CARAFE
 import importlib
