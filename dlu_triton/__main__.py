@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
     )
     demo.add_argument("image", nargs="?", type=path, metavar="IMAGE", help="default: a photograph from the package")
     demo.add_argument(
-        "--out", type=path, default=Path("dlu_demo"), metavar="DIR", help="folder of the picture (%(default)s)"
+        "--out", type=path, default=Path("dlu_demo"), metavar="DIR", help="folder of the pictures (%(default)s)"
     )
     explain = commands.add_parser(
         "explain", help="train a small network to find digits on photographs, and measure every class activation map"

@@ -482,3 +482,24 @@ def zero_to_one(name: str, low: float, high: float, hint: str = "") -> None:
     """For the least and the largest of some values."""
     if not (low >= 0 and high <= 1):  # nor NaN
         raise ValueError(f"{name} must be from 0 to 1{hint}, got {low:.3g} to {high:.3g}")
+
+
+def pyramid(
+    in_channels: object, num_outs: object, start_level: object, end_level: object, end_is_included: bool
+) -> tuple[int, int]:
+    """Rules of the constructors of feature pyramids; the first level, and the one after the last."""
+    if not isinstance(in_channels, Sequence) or not in_channels:
+        raise TypeError(f"in_channels must be a sequence of integers, at least one, got {in_channels!r}")
+    levels = len(in_channels)
+    start = integer("start_level", start_level, 0, levels - 1)
+    end = integer("end_level", end_level, -1, levels - end_is_included)
+    stop = levels if end == -1 else end + end_is_included
+    if stop <= start:
+        raise ValueError(f"end_level must be -1 or leave levels from start_level on, {start}, got {end}")
+    integer("num_outs", num_outs, stop - start, None if stop == levels else stop - start)
+    return start, stop
+
+
+def pyramid_inputs(inputs: Sequence[Tensor], levels: int) -> None:
+    if len(inputs) != levels:
+        raise ValueError(f"inputs must be {levels} maps, one for each of in_channels, got {len(inputs)}")

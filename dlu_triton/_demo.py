@@ -1,8 +1,9 @@
-"""The demo: a photograph is shrunk and restored by small networks that differ in their upsampler only.
+"""The demo: a photograph is shrunk, made noisy and restored by small networks that differ in their upsampler only.
 
-The networks learn on the shrunken photograph itself to undo a further shrinking; the original is not seen in training.
-The settings were chosen on the packaged photograph, so its PSNRs show the upsamplers at work and rank nothing.
-A convolution follows the upsampler, as in the feature pyramids that CARAFE and DLU were made for.
+The networks learn on the shrunken photograph, without its noise, to undo a further shrinking and other noise; the
+original is not seen in training. The settings were chosen on the packaged photograph, so its PSNRs show the upsamplers
+at work and rank nothing. There is noise because without it kernels of one tap do: the convolution that follows the
+upsampler, as in the feature pyramids that CARAFE and DLU were made for, then puts all detail where it belongs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.resources
 import math
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +27,13 @@ from torch.utils.benchmark import Timer
 from . import CARAFEPack, DLUPack
 
 try:
-    from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from PIL import Image, ImageOps
     from tqdm import tqdm
+
+    from . import _learned
 except ImportError as error:
     _import_error: ImportError | None = error
 else:
@@ -35,21 +42,23 @@ else:
 __all__ = ["run"]
 
 PHOTOGRAPH = "coffee.jpg"
-RESULT = "dlu_demo.png"
+RESULT, KERNELS = "dlu_demo.png", "kernels.png"
 # Those whose decoders are within Pillow: for EPS, also within IPTC, it starts Ghostscript.
 FORMATS = (
     "AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
+TITLE = "What DLU does at an edge and in a flat region, after {steps} steps"
 MIN_SIDE, MAX_SIDE = 64, 512  # pixels of the picture
 MAX_ASPECT = 2
 SCALE = 2
+NOISE = 0.1  # standard deviation, of pixels from 0 to 1
 FEATURES = 16
 HEAD_KERNEL = 3  # of the convolution after the upsampler
 STEPS = 300
 LEARNING_RATE = 5e-3
 TRAINING_CROP = 128  # pixels a side, of the target
-SEED = 0
+SEED, NOISE_SEED = 0, 1  # of the training, and of what is restored afterwards
 
 METHODS: dict[str, Callable[[], nn.Module]] = {
     "Nearest": lambda: nn.Upsample(scale_factor=SCALE),
@@ -73,7 +82,7 @@ class _Result:
 
 
 def run(image: Path | None, out: Path, *, steps: int = STEPS) -> int:
-    """Restore `image` (None: the packaged photograph) with every upsampler; the picture goes to folder `out`.
+    """Restore `image` (None: the packaged photograph) with every upsampler; the pictures go to folder `out`.
 
     Returns the exit status: 0, or 1 after a user's mistake, which one line on stderr explains.
     """
@@ -82,31 +91,35 @@ def run(image: Path | None, out: Path, *, steps: int = STEPS) -> int:
             raise _UserError(f'{_import_error}; pip install "dlu-triton[demo]"')
         original = _read(image)
         _prepare(out)
-        _run(original, image.name if image else PHOTOGRAPH, out / RESULT, steps)
+        written = _run(original, image.name if image else PHOTOGRAPH, out, steps)
     except _UserError as mistake:
         print(f"dlu_triton demo: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 1
-    print(f"The pictures side by side: {out / RESULT}")
+    for what, path in written.items():
+        print(f"{what}: {path}")
     return 0
 
 
-def _run(original: Image.Image, name: str, path: Path, steps: int) -> None:
+def _run(original: Image.Image, name: str, out: Path, steps: int) -> dict[str, Path]:
+    """The pictures written, and what is on them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (CARAFE and DLU: eager path)"
-    small = _image(_shrink(_tensor(original)))
-    pixels = _tensor(small).to(device)
+    clean, small = _given(original)
+    clean, pixels = clean.to(device), _tensor(small).to(device)
     print(
-        f"{name}, {original.width} x {original.height} pixels, is shrunk by {SCALE} and restored.\n"
-        f"Four networks that differ in their upsampler only learn for {steps} steps on the small picture\n"
-        "to undo a further shrinking; the original is not seen in training. One picture ranks nothing.\n"
+        f"{name}, {original.width} x {original.height} pixels, is shrunk by {SCALE}, made noisy and restored.\n"
+        f"Networks that differ in their upsampler only learn for {steps} steps to undo a further shrinking, and\n"
+        "other noise, of the small picture; the original is not seen in training. One picture ranks nothing.\n"
     )
-    results = []
+    results, learned = [], None
     with tqdm(total=len(METHODS) * steps, leave=False, unit="step", mininterval=0.5) as progress:
         for method, upsampler in METHODS.items():
             progress.set_description(method)
             network = _network(upsampler).to(device)
-            _train(network, pixels, steps, progress)
+            _train(network, clean, steps, progress)
             results.append(_evaluate(method, network, pixels, original))
+            if isinstance(network.upsampler, DLUPack):
+                learned = _learn(network, pixels, clean)
 
     print(f"{'':8}{'PSNR':>12}{'parameters':>14}{'time':>12}")
     for result in results:
@@ -114,15 +127,25 @@ def _run(original: Image.Image, name: str, path: Path, steps: int) -> None:
     plain = _image(F.interpolate(_tensor(small), scale_factor=SCALE, mode="bilinear"))
     notes = [
         f"Parameters and time: of the upsampler, for {FEATURES} x {small.height} x {small.width} features on {where}.",
-        f"Bilinear enlargement of the pixels, without a network: {_psnr(plain, original):.2f} dB.",
+        f"Bilinear enlargement of the noisy pixels, without a network: {_psnr(plain, original):.2f} dB.",
     ]
     print("", *notes, sep="\n")
-    caption = [f"Networks that differ in their upsampler only, after {steps} steps on the small picture.", *notes]
-    caption.append("The detail is where their pictures differ most.")
-    try:
-        _sheet(original, small, results, " ".join(caption)).save(path)
-    except OSError as error:
-        raise _UserError(f"cannot write {path}: {error.strerror or error}") from error
+    caption = (
+        f"The original is shrunk to {small.width} x {small.height} pixels and gets noise of standard deviation "
+        f"{255 * NOISE:.0f} of 255. The networks learnt for {steps} steps to undo a further shrinking, and other "
+        "noise, of the small picture, and never saw the original. One picture ranks nothing. PSNR: to the original. "
+        f"{notes[0]} The details are where the results differ most."
+    )
+    figures = {"The pictures side by side": (RESULT, _sheet(original, small, plain, results, caption))}
+    if learned is not None:
+        print(textwrap.fill(_learned.caption(learned), 100))
+        figures["Kernels and offsets"] = (KERNELS, _learned.picture(learned, TITLE.format(steps=steps)))
+    for file, figure in figures.values():
+        try:
+            figure.savefig(out / file, dpi=DPI)
+        except OSError as error:
+            raise _UserError(f"cannot write {out / file}: {error.strerror or error}") from error
+    return {what: out / file for what, (file, _) in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,6 +235,18 @@ class _Network(nn.Module):
         return self.head(self.upsampler(self.features(pictures)))
 
 
+def _given(original: Image.Image) -> tuple[Tensor, Image.Image]:
+    """The shrunken picture, (1, 3, H, W), and what is to be restored: the same with noise."""
+    clean = _tensor(_image(_shrink(_tensor(original))))
+    return clean, _image(_noisy(clean, torch.Generator().manual_seed(NOISE_SEED)))
+
+
+def _learn(network: _Network, pixels: Tensor, scene: Tensor) -> _learned.Learned:
+    """What the network's DLU does to (1, 3, H, W) pixels, of a scene without noise."""
+    with torch.no_grad():
+        return _learned.look(network.upsampler, network.features(pixels), pixels, scene)
+
+
 def _network(upsampler: Callable[[], nn.Module]) -> _Network:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
@@ -219,13 +254,13 @@ def _network(upsampler: Callable[[], nn.Module]) -> _Network:
 
 
 def _train(network: _Network, picture: Tensor, steps: int, progress: tqdm) -> None:
-    """Learn to restore random crops of the (1, 3, H, W) picture after shrinking; the same crops for all networks."""
+    """Learn to restore random crops of the (1, 3, H, W) picture, shrunk and noisy; all networks see the same ones."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     for _ in range(steps):
         crop = _random_crop(picture, generator)
-        loss = F.mse_loss(network(_shrink(crop)), crop)
+        loss = F.mse_loss(network(_noisy(_shrink(crop), generator)), crop)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 0.1)
@@ -266,6 +301,12 @@ def _shrink(pictures: Tensor) -> Tensor:
     return small.clamp(0, 1)
 
 
+def _noisy(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """As a file would hold them, from 0 to 1."""
+    noise = torch.randn(pictures.shape, generator=generator)
+    return (pictures + NOISE * noise.to(pictures.device)).clamp(0, 1)
+
+
 def _psnr(picture: Image.Image, original: Image.Image) -> float:
     """Peak signal-to-noise ratio of two pictures of 8 bits, in dB"""
     error = F.mse_loss(_tensor(picture), _tensor(original)).item()
@@ -284,102 +325,96 @@ def _image(pixels: Tensor) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Contact sheet
+# Picture
 # ---------------------------------------------------------------------------------------------------------------
 
-MIN_CELL = 256  # pixels of a cell's width
-MARGIN = 20
-ERROR_GAIN = 4
-INK, FAINT, PAPER, FRAME = "#1b1b1b", "#6a6a6a", "#ffffff", "#ffd400"
+WIDTH, DPI = 10, 150  # inches, and dots in one
+DETAIL = 48  # pixels a side, at most a half of the picture's
+FRAMES = {"A": "#e69f00", "B": "#56b4e9"}  # of the details: of Okabe and Ito's colours, which the colour-blind know
 
 
-def _sheet(original: Image.Image, small: Image.Image, results: list[_Result], caption: str) -> Image.Image:
-    """Four columns: small picture and original above; the methods' pictures, crops and errors below."""
-    whole = math.ceil(MIN_CELL / original.width)
-    zoom = max(8, 3 * whole)
-    cell = (whole * original.width, whole * original.height)
-    box = _telling_box(results, *(SCALE * math.ceil(side / zoom / SCALE) for side in cell))
-    left, top, right, bottom = box
-    half_box = (left // SCALE, top // SCALE, right // SCALE, bottom // SCALE)
+def _sheet(
+    original: Image.Image, small: Image.Image, plain: Image.Image, results: list[_Result], caption: str
+) -> Figure:
+    """The whole picture and a table above; below, the details in which the results differ most, and their errors."""
+    boxes = dict(zip(FRAMES, _telling_boxes(results), strict=False))
+    heights = (0.5 + 3.4 * min(original.height / original.width, 1.2), *[3.6] * len(boxes))
+    figure = Figure((WIDTH, sum(heights) + 1.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.05)
+    title = f"A noisy photograph, enlarged {SCALE} times by networks that differ in their upsampler"
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=15, fontweight="bold")
+    figure.supxlabel(textwrap.fill(caption, 130), x=0.01, horizontalalignment="left", fontsize=10)
+    head, *parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    given, whole, table = head.subplots(1, 3, width_ratios=(1, 1, 1))
+    _picture(given, small, f"given: {small.width} x {small.height} pixels, noisy")
+    _picture(whole, original, f"original: {original.width} x {original.height} pixels")
+    for name, (left, top, right, bottom) in boxes.items():
+        for colour, width in (("black", 3.5), (FRAMES[name], 1.5)):
+            size = (right - left, bottom - top)
+            whole.add_patch(Rectangle((left - 0.5, top - 0.5), *size, fill=False, edgecolor=colour, linewidth=width))
+        label = {"facecolor": FRAMES[name], "edgecolor": "black", "pad": 1.5}
+        whole.text(left + 4, top + 4, name, fontsize=10, verticalalignment="top", bbox=label)
+    _table(table, results, _psnr(plain, original))
 
-    def detail(picture: Image.Image, box: tuple[int, int, int, int], zoom: int) -> Image.Image:
-        crop = picture.crop(box)
-        return crop.resize((zoom * crop.width, zoom * crop.height), Image.Resampling.NEAREST).crop((0, 0, *cell))
+    columns = {"no network": plain, **{result.name: result.picture for result in results}, "original": original}
+    for part, (name, box) in zip(parts, boxes.items(), strict=True):
+        pictures, errors = part.subplots(2, len(columns))
+        differences = [_difference(picture, original, box) for picture in columns.values()][:-1]
+        most = max(difference.max() for difference in differences)
+        for axis, (column, picture) in zip(pictures, columns.items(), strict=True):
+            _picture(axis, picture.crop(box), column)
+        for axis, difference in zip(errors, differences, strict=False):
+            shown = axis.imshow(difference, interpolation="nearest", cmap="viridis", vmin=0, vmax=most)
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(f"mean {difference.mean():.1f}", fontsize=10)
+        errors[-1].set_axis_off()
+        bar = part.colorbar(shown, cax=errors[-1].inset_axes((0, 0.02, 0.12, 0.96)))
+        bar.set_label("of 255, mean of\nred, green, blue", fontsize=9)
+        label = {"facecolor": FRAMES[name], "edgecolor": "black", "pad": 2}
+        pictures[0].set_ylabel(f"detail {name}", fontsize=11, bbox=label, labelpad=8)
+        errors[0].set_ylabel("error", fontsize=11, labelpad=8)
+    return figure
 
-    def framed(picture: Image.Image) -> Image.Image:
-        picture = picture.resize(cell, Image.Resampling.NEAREST)
-        corners = (whole * left, whole * top, whole * right - 1, whole * bottom - 1)
-        ImageDraw.Draw(picture).rectangle(corners, outline=FRAME, width=2)
-        return picture
 
-    rows = [
-        [
-            ("Small picture", f"{small.width} x {small.height} pixels, the input", framed(small)),
-            ("", f"detail, {zoom * SCALE} times enlarged", detail(small, half_box, zoom * SCALE)),
-            ("Original", f"{original.width} x {original.height} pixels", framed(original)),
-            ("", f"detail, {zoom} times enlarged", detail(original, box, zoom)),
-        ],
-        [
-            (
-                f"{result.name}  {result.psnr:.2f} dB",
-                f"{result.parameters:,} parameters, {result.milliseconds:.3g} ms",
-                result.picture.resize(cell, Image.Resampling.NEAREST),
-            )
-            for result in results
-        ],
-        [("", f"detail, {zoom} times enlarged", detail(result.picture, box, zoom)) for result in results],
-        [
-            (
-                "",
-                f"error of the detail, times {ERROR_GAIN}",
-                detail(ImageChops.difference(result.picture, original), box, zoom).point(
-                    lambda value: min(255, ERROR_GAIN * value)
-                ),
-            )
-            for result in results
-        ],
+def _picture(axis: Axes, picture: Image.Image, title: str) -> None:
+    axis.imshow(picture, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=11)
+
+
+def _table(axis: Axes, results: list[_Result], plain: float) -> None:
+    """`plain` is the PSNR without a network."""
+    axis.set_axis_off()
+    rows = [("upsampler", "PSNR, dB", "parameters", "ms"), ("no network", f"{plain:.2f}", "", "")]
+    rows += [
+        (result.name, f"{result.psnr:.2f}", f"{result.parameters:,}", f"{result.milliseconds:.3g}")
+        for result in results
     ]
-
-    width = len(results) * (cell[0] + MARGIN) + MARGIN
-    title = f"Upsampling features by {SCALE}"
-    title_font, name_font, text_font = (ImageFont.load_default(size) for size in (36, 26, 18))
-    lines = _wrap(caption, text_font, width - 2 * MARGIN)
-    heads = [34 * any(name for name, _, _ in row) + 28 for row in rows]
-    height = MARGIN + 50 + len(lines) * 26 + sum(heads) + len(rows) * (cell[1] + MARGIN) + MARGIN
-
-    sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
-    y = MARGIN + 50
-    for line in lines:
-        draw.text((MARGIN, y), line, FAINT, text_font)
-        y += 26
-    y += MARGIN
-    for row, head in zip(rows, heads, strict=True):
-        for column, (name, text, picture) in enumerate(row):
-            x = MARGIN + column * (cell[0] + MARGIN)
-            draw.text((x, y), name, INK, name_font)
-            draw.text((x, y + head - 26), text, FAINT, text_font)
-            sheet.paste(picture, (x, y + head))
-        y += head + cell[1] + MARGIN
-    return sheet
+    for row, cells in enumerate(rows):
+        for place, cell in zip((0, 0.54, 0.84, 1), cells, strict=True):
+            axis.text(
+                place, 0.98 - 0.16 * row, cell, fontsize=10, verticalalignment="top", transform=axis.transAxes,
+                horizontalalignment="right" if place else "left", fontweight="normal" if row else "bold",
+            )  # fmt: skip
 
 
-def _telling_box(results: list[_Result], width: int, height: int) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) in which the results differ most; whole pixels of the small picture."""
+def _difference(picture: Image.Image, original: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Magnitude of the error inside the box, of 255, in the mean of the three colours: (height, width)."""
+    values = [np.asarray(each.crop(box), dtype=np.float64) for each in (picture, original)]
+    return np.abs(values[0] - values[1]).mean(2)
+
+
+def _telling_boxes(results: list[_Result]) -> list[tuple[int, int, int, int]]:
+    """The box (left, top, right, bottom) in which the results differ most, and if there is one the next beside it."""
     pictures = torch.cat([_tensor(result.picture) for result in results])
     spread = pictures.var(0, correction=0).mean(0, keepdim=True)
-    means = F.avg_pool2d(spread, (height, width), SCALE)[0]
-    row, column = divmod(int(means.argmax()), means.shape[1])
-    return SCALE * column, SCALE * row, SCALE * column + width, SCALE * row + height
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of whole words that are no wider than `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+    side = min(DETAIL, *(size // 2 for size in spread.shape[1:]))
+    means = F.avg_pool2d(spread, side, 1)[0]
+    boxes = []
+    for _ in FRAMES:
+        row, column = divmod(int(means.argmax()), means.shape[1])
+        if means[row, column] < 0:
+            break
+        boxes.append((column, row, column + side, row + side))
+        means[max(row - side + 1, 0) : row + side, max(column - side + 1, 0) : column + side] = -1  # they overlap
+    return boxes

@@ -131,11 +131,12 @@ def offline(folder: Path) -> None:
     os.environ["YOLO_AUTOINSTALL"] = "false"
     os.environ["YOLO_CONFIG_DIR"] = str(folder)
     from matplotlib import get_data_path
-    from ultralytics.utils import USER_CONFIG_DIR
 
-    # It looks here for a font with which it would draw, and would download it otherwise.
+    # In this subfolder it looks for a font with which it would draw, and would download it otherwise.
+    settings = folder / "Ultralytics"
+    settings.mkdir(parents=True, exist_ok=True)
     font = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    (Path(USER_CONFIG_DIR) / "Arial.ttf").write_bytes(font.read_bytes())
+    (settings / "Arial.ttf").write_bytes(font.read_bytes())
 
 
 def run(options: argparse.Namespace) -> None:
@@ -182,7 +183,7 @@ def run(options: argparse.Namespace) -> None:
     (found,) = trained.predict(str(picture), imgsz=SIDE, device=str(device), verbose=False)
     lines = (out / "data" / "labels" / "val" / f"{picture.stem}.txt").read_text().splitlines()
     print(f"\n{picture.name} of the held-out scenes has the digits {', '.join(line[0] for line in lines)}. Found, with")
-    print("scores, and boxes x0, y0, x1, y1 in pixels:")
+    print(f"scores, and boxes x0, y0, x1, y1 in pixels:{'' if len(found.boxes) else ' nothing.'}")
     for label, score, box in zip(found.boxes.cls, found.boxes.conf, found.boxes.xyxy, strict=True):
         print(f"  {int(label)}: {score:.2f}, {' '.join(f'{side:.0f}' for side in box)}")
     print(

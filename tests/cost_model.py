@@ -84,11 +84,12 @@ def launches(shape: Shape, *, backward: bool) -> dict[str, tuple[Any, dict[str, 
 
 def row(name: str, shape: Shape, kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     tile = Tile(shape, arguments, kernel.metadata.num_warps)
+    program = Program(instructions(dump(kernel, "-sass")))
     cost = {
         "reassemble_forward": forward_cost,
         "reassemble_backward_features": features_cost,
         "reassemble_backward_kernels": kernels_cost,
-    }[name](tile, Program(instructions(dump(kernel, "-sass"))))
+    }[name](tile, program)
     memory = cost.bytes / BYTES_PER_CLOCK
     clocks = {
         "instructions": cost.executed.total() * tile.warps / INSTRUCTIONS_PER_CLOCK,
@@ -112,7 +113,7 @@ def row(name: str, shape: Shape, kernel: Any, arguments: dict[str, Any]) -> dict
         "warps": blocks * tile.warps, "program warps": tile.warps,
         "feature bytes": tile.window * shape.channels * tile.itemsize,
         "output bytes": tile.outputs * shape.channels * tile.itemsize, "pair bytes": 2 * tile.itemsize,
-        "wgmma": _count(cost.executed, "HGMMA"),
+        "wgmma": _count(cost.executed, "HGMMA"), "turns": program.turns(),
         "wide loads": _count(cost.executed, "LDG.E.128"), "scalar loads": _count(cost.executed, "LDG.E.U16"),
         "pair loads": cost.executed["LDG.E.64" if tile.itemsize == 4 else "LDG.E"],
         "wide stores": _count(cost.executed, "STG.E.128"),

@@ -129,6 +129,10 @@ class Program:
                     found.append(there + back)
         return min(found, key=Counter.total)
 
+    def turns(self) -> list[int]:
+        """Instructions of a turn of each loop that multiplies matrices, the fewest first."""
+        return sorted(body.total() for body in self._products().values())
+
     def _products(self) -> dict[tuple[int, int], Counter[str]]:
         """Loops that multiply matrices, and the opcodes of a turn."""
         bodies = {loop: self.shortest(loop[1], loop[0]) for loop in self.loops}

@@ -1,17 +1,24 @@
-"""The demo: the packaged photograph, the whole command on a small picture, and a user's mistakes."""
+"""The demo: the packaged photograph, the whole command on a small picture, what its pictures show, and a user's
+mistakes."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+
+import dlu_triton
 
 Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from dlu_triton import _demo  # noqa: E402
+from dlu_triton import _demo, _learned  # noqa: E402
 
 WHOLE_DEMO = """
 import sys
@@ -58,12 +65,210 @@ def test_whole_demo(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("Nearest", "Bilinear", "CARAFE", "DLU"):
         assert f"\n{name} " in done.stdout
-    path = tmp_path / "new" / "out" / "dlu_demo.png"
-    assert str(path) in done.stdout
-    with Image.open(path) as sheet:
-        sheet.load()
-        assert sheet.width > 4 * _demo.MIN_CELL
-        assert sheet.height > 4 * 72
+    assert "Means over the whole image, on edges" in done.stdout
+    for name in ("dlu_demo.png", "kernels.png"):
+        path = tmp_path / "new" / "out" / name
+        assert str(path) in done.stdout
+        with Image.open(path) as sheet:
+            sheet.load()
+            assert sheet.width == _demo.WIDTH * _demo.DPI
+            assert sheet.height > sheet.width / 2
+
+
+def result(picture, name="DLU"):
+    return _demo._Result(name, picture, 30.0, 1000, 1.5)
+
+
+def test_details_are_where_results_differ_most():
+    """The largest difference in the first box, the next in the second, which does not overlap it."""
+    pixels = np.full((120, 160, 3), 128, dtype=np.uint8)
+    other = pixels.copy()
+    other[20:30, 100:110] += 90
+    other[90:100, 20:30] += 60
+    other[60, 80] += 60
+    boxes = _demo._telling_boxes([result(Image.fromarray(each)) for each in (pixels, pixels, other)])
+    (first, second), side = boxes, _demo.DETAIL
+    for (left, top, right, bottom), (x, y) in zip(boxes, ((100, 20), (20, 90)), strict=True):
+        assert (right - left, bottom - top) == (side, side)
+        assert left <= x < x + 10 <= right
+        assert top <= y < y + 10 <= bottom
+    assert max(first[0], second[0]) >= min(first[2], second[2]) or max(first[1], second[1]) >= min(first[3], second[3])
+    small = [each.resize((64, 64)) for each in (Image.fromarray(pixels), Image.fromarray(other))]
+    for left, top, right, bottom in _demo._telling_boxes([result(each) for each in small]):
+        assert 0 <= left < right <= 64
+        assert 0 <= top < bottom <= 64
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 128), (100, 72)])
+def test_sheet_says_what_was_measured(size):
+    """Errors are those of the crops that are shown, for pictures of any aspect."""
+    original = gradient("RGB", size)
+    noise = np.random.default_rng(0).integers(0, 60, (size[1], size[0], 3), dtype=np.uint8)
+    results = [result(Image.fromarray(np.asarray(original) // 2 + gain * noise), str(gain)) for gain in (0, 1, 2)]
+    figure = _demo._sheet(original, original.resize((size[0] // 2, size[1] // 2)), original, results, "Caption.")
+    figure.draw_without_rendering()
+    head, *parts = figure.subfigs
+    left, top, right, bottom = _demo._telling_boxes(results)[0]
+    expected = []
+    for each in results:
+        error = np.abs(np.asarray(each.picture, dtype=float) - np.asarray(original, dtype=float))
+        expected.append(f"mean {error[top:bottom, left:right].mean():.1f}")
+    columns = len(results) + 2
+    assert [axis.get_title() for axis in parts[0].axes[:columns]] == ["no network", "0", "1", "2", "original"]
+    assert [axis.get_xlabel() for axis in parts[0].axes[columns : 2 * columns - 1]] == ["mean 0.0", *expected]
+    texts = [text.get_text() for text in head.axes[2].texts]
+    assert texts[:4] == ["upsampler", "PSNR, dB", "parameters", "ms"]
+    assert texts[-4:] == ["2", "30.00", "1,000", "1.5"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a module has learned
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned():
+    """Of a module with random weights, its features and its output."""
+    torch.manual_seed(0)
+    module = dlu_triton.DLUPack(6, 2, compressed_channels=8)
+    with torch.no_grad():
+        module.kernel_space_generator.weight.normal_(std=0.3)
+        module.conv_offset.weight.normal_(std=0.2)
+        features = torch.randn(1, 6, 12, 14)
+        output = module(features)
+    pixels = torch.rand(1, 3, 12, 14)
+    return _learned.look(module, features, pixels, pixels.flip(3)), features, output
+
+
+def test_kernels_shown_are_those_that_the_module_reassembles_with(learned):
+    found, features, output = learned
+    masks = F.pixel_shuffle(found.sampled.transpose(0, 1).flatten(0, 1)[None], 2)
+    torch.testing.assert_close(dlu_triton.carafe(features, masks, 5, 1, 2), output)
+    assert found.pixels.shape == found.scene.shape == (3, 12, 14)
+
+
+def test_arrows_end_where_kernels_are_sampled(learned):
+    """By hand: the kernel of an output is a bilinear sample of the kernel space at its offset."""
+    found, *_ = learned
+    y, x = 5, 7
+    for output in range(4):
+        dx, dy = found.offsets[output, :, y, x].tolist()
+        column, row = min(max(x + dx, 0), 13), min(max(y + dy, 0), 11)
+        left, top = min(int(column), 12), min(int(row), 10)
+        fx, fy = column - left, row - top
+        above = (1 - fx) * found.kernels[:, top, left] + fx * found.kernels[:, top, left + 1]
+        below = (1 - fx) * found.kernels[:, top + 1, left] + fx * found.kernels[:, top + 1, left + 1]
+        torch.testing.assert_close(found.sampled[output, :, y, x], (1 - fy) * above + fy * below)
+
+
+def made(scene=None, height=40, width=60):
+    """Kernels of one tap, and no offsets."""
+    kernels = F.one_hot(torch.tensor(12), 25).float()[:, None, None].repeat(1, height, width)
+    scene = torch.zeros(3, height, width) if scene is None else scene
+    return _learned.Learned(scene, scene, kernels, torch.zeros(4, 2, height, width), kernels.repeat(4, 1, 1, 1))
+
+
+def test_measures_by_hand():
+    found = made()
+    found.kernels[:, 0, 1] = 1 / 25
+    found.offsets[:, :, 0, 2] = torch.tensor([[3.0, 4.0], [0, 0], [0, -1], [0, 2]])
+    found.sampled[1, :, 0, 3] = F.one_hot(torch.tensor(3), 25).float()
+    entropy, lengths, change = found.entropy(), found.lengths(), found.change()
+    assert entropy[0, 1].item() == pytest.approx(math.log2(25))
+    assert entropy.sum().item() == pytest.approx(math.log2(25))
+    assert (lengths[0, 2].item(), lengths.sum().item()) == (2, 2)
+    assert change[0, 3].item() == pytest.approx(0.25)
+    assert change.sum().item() == pytest.approx(0.25 + 24 / 25)
+
+
+def step(edge=30):
+    """A step beside noise whose gradients are stronger, and a square that is flat."""
+    scene = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0)) * 0.1
+    scene[:, :, edge:] += 0.9
+    scene[:, 8:20, 5:17] += 0.45 * torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    scene[:, 20:32, 40:52] = 0.95
+    return scene
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+def test_pixels_shown_are_found_by_rule(transposed):
+    """That of the edge lies at the step, that of the flat region in what is flat as far as it is shown."""
+    scene = step().transpose(1, 2).contiguous() if transposed else step()
+    found = made(scene, *scene.shape[1:])
+    row, column = divmod(int(found.gradient().norm(dim=0).argmax()), scene.shape[2])
+    assert (row if transposed else column) < 20, "no noise to be misled by"
+    (edge_y, edge_x), (flat_y, flat_x) = found.edge_pixel(), found.flat_pixel()
+    if transposed:
+        edge_x, flat_y, flat_x = edge_y, flat_x, flat_y
+    assert edge_x in (29, 30)
+    assert 20 <= flat_y - _learned.REACH < flat_y + _learned.REACH < 32
+    assert 40 <= flat_x - _learned.REACH < flat_x + _learned.REACH < 52
+    height, width = scene.shape[1:]
+    for row, column in (found.edge_pixel(), found.flat_pixel()):
+        assert _learned.REACH <= row < height - _learned.REACH
+        assert _learned.REACH <= column < width - _learned.REACH
+
+
+def test_gradient_is_that_of_a_ramp():
+    ramp = (0.02 * torch.arange(60) + 0.01 * torch.arange(40)[:, None]).expand(3, 40, 60)
+    gradient = made(ramp).gradient()[:, 1:-1, 1:-1]
+    torch.testing.assert_close(gradient, torch.tensor([0.02, 0.01])[:, None, None].expand_as(gradient))
+
+
+def test_figures_are_means_over_edges_and_flat_pixels():
+    scene = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))
+    found = made(scene)
+    edges, flat = found.edges(), found.flat()
+    assert edges.sum().item() == flat.sum().item() == 240
+    strength = found.gradient().norm(dim=0)
+    assert strength[edges].min() > strength[~edges].max()
+    assert strength[flat].max() < strength[~flat].min()
+    found.offsets[:, 0, edges], found.offsets[:, 1, flat] = 5, 0.5
+    found.kernels[:, flat] = 1 / 25
+    assert found.figures()["offset"] == pytest.approx({"edges": 5, "flat": 0.5, "all": 0.55})
+    expected = {"edges": 0, "flat": math.log2(25), "all": math.log2(25) / 10}
+    assert found.figures()["entropy"] == pytest.approx(expected)
+    said = _learned.caption(found)
+    assert "offsets 5.00 and 0.50 source pixels long; entropy of the kernels 0.00 and 4.64 bits, of 4.64" in said
+    assert "moves to other taps 0.0% and 96.0%" in said
+    assert "small" not in said
+    assert "hardly" not in said
+
+
+def test_caption_says_when_little_was_learned():
+    found = made()
+    said = "The offsets stayed small, below 0.1 in each mean. Sampling hardly changes the kernels."
+    assert _learned.caption(found).endswith(said)
+    found.offsets += 1
+    assert _learned.caption(found).endswith("and 0.0%. Sampling hardly changes the kernels.")
+
+
+def test_picture_shows_the_pixels_found():
+    found = made(step().clamp(0, 1))
+    found.offsets = 3 * torch.randn(4, 2, 40, 60, generator=torch.Generator().manual_seed(0))
+    found.kernels = torch.rand(25, 40, 60, generator=torch.Generator().manual_seed(1)).softmax(0)
+    found.sampled = torch.rand(4, 25, 40, 60, generator=torch.Generator().manual_seed(2)).softmax(1)
+    figure = _learned.picture(found, "Title")
+    figure.draw_without_rendering()
+    whole, *parts = figure.subfigs
+    np.testing.assert_array_equal(whole.axes[1].images[0].get_array(), found.lengths().numpy())
+    np.testing.assert_array_equal(whole.axes[2].images[0].get_array(), found.entropy().numpy())
+    limits = {part.axes[2].get_xlim() for part in parts}
+    assert len(limits) == 1, "arrows of different scales"
+    for part, (row, column) in zip(parts, (found.edge_pixel(), found.flat_pixel()), strict=True):
+        np.testing.assert_array_equal(part.axes[1].images[0].get_array(), found.kernels[:, row, column].view(5, 5))
+        ends = [text.xy for text in part.axes[2].texts if text.get_text()]
+        np.testing.assert_allclose(ends, found.offsets[:, :, row, column])
+        assert np.abs(ends).max() < max(limits)[1]
+        insets = part.axes[3].child_axes
+        assert [inset.get_position().x0 > 0.87 for inset in insets] == [False, True, False, True]
+        for inset, taps in zip(insets, found.sampled[:, :, row, column], strict=True):
+            np.testing.assert_array_equal(inset.images[0].get_array(), taps.view(5, 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures that a user gives, and mistakes
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
@@ -197,7 +402,7 @@ def test_out_is_read_only(error, tmp_path):
     assert "cannot write" in error(None, tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["PIL", "tqdm"])
+@pytest.mark.parametrize("missing", ["PIL", "matplotlib.figure", "tqdm"])
 def test_missing_extra(missing, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)
     spec = importlib.util.spec_from_file_location("dlu_triton._bare_demo", _demo.__file__)

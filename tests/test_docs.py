@@ -44,6 +44,14 @@ CHECKS = {  # what holds after the blocks of a page have run, and what it requir
         ("", "assert (costs.dlu.parameters, costs.carafe.parameters) == (35489, 74148)"),
         ("", "assert (round(costs.parameters_saved, 2), round(costs.flops_saved, 2)) == (0.52, 0.39)"),
     ],
+    "docs/examples.md": [
+        ("", "assert logits.shape == (1, 11, 25, 34)"),
+        ("torchvision", "assert losses['classification'] > 0 and losses['bbox_regression'] > 0"),
+        (
+            "ultralytics",
+            "assert [type(each).__name__ for each in model.modules()].count('DLUPack') == 2",
+        ),
+    ],
     "docs/explain.md": [
         ("", "assert explanation.map.shape == (2, 64, 64) and several.map.shape == maps.shape == (2, 3, 64, 64)"),
         ("", "assert explanation.map.amin() == 0 and explanation.map.amax() == 1"),

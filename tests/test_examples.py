@@ -201,6 +201,14 @@ def test_gradients_reach_every_weight_of_the_pyramid(fpn, upsampler):
     assert all(each.grad.abs().max() > 0 for each in x.values())
 
 
+def test_pyramid_is_one_graph(fpn):
+    pyramid = fpn.UpsamplingFPN([8, 12], 16, up_kernel=3)
+    x = OrderedDict((("0", torch.randn(1, 8, 9, 11)), ("1", torch.randn(1, 12, 5, 6))))
+    compiled = torch.compile(pyramid, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(x).values(), pyramid(x).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_torchvisions_weights_load_into_the_pyramid(fpn):
     from torchvision.ops import FeaturePyramidNetwork
 

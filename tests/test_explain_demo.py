@@ -263,15 +263,18 @@ def test_sheet_marks_hits_and_misses(test):
         name: _explain_demo._Result(maps, _explain_demo._located(maps, images), {}, None, 0)
         for name, maps in (("right", right), ("wrong", wrong), ("empty", torch.zeros_like(right)))
     }
-    axes = _explain_demo._sheet(images, results).axes
-    assert len(axes) == 4 * 4
+    results["right"].values["sensitivity"] = torch.tensor([[0.1, 0.2], [0.3, 9]], dtype=torch.float64)
+    figure = _explain_demo._sheet(images, results, "What it shows.")
+    figure.draw_without_rendering()
+    axes = figure.axes
+    assert len(axes) == 5 * 4
     assert [axis.get_title() for axis in axes[:4]] == ["test image", "right", "wrong", "empty"]
     classes = images.classes.flatten().tolist()
     for row in range(4):
         image, hit, miss, empty = axes[4 * row : 4 * row + 4]
         assert str(classes[row]) in image.get_ylabel()
-        assert hit.get_xlabel() == "hit, 100% in the box"
-        assert miss.get_xlabel() == "MISS, 0% in the box"
+        assert hit.get_xlabel() == "hit, 100%"
+        assert miss.get_xlabel() == "MISS, 0%"
         assert empty.get_xlabel() == "empty map"
         left, top, right_end, bottom = images.boxes.flatten(0, 1)[row].tolist()
         (cross,) = hit.lines
@@ -280,6 +283,13 @@ def test_sheet_marks_hits_and_misses(test):
         assert top <= y < bottom
         highlighted = max(image.patches, key=lambda patch: patch.get_linewidth())
         assert highlighted.get_bbox().bounds == (left - 0.5, top - 0.5, right_end - left, bottom - top)
+    columns = [[text.get_text() for text in axis.texts] for axis in axes[16:]]
+    assert columns[0][:2] == ["all 2 images", "pointing hit ↑"]
+    assert columns[1] == ["100.0%", "100.0%", "0.250", "-"]
+    assert columns[2] == ["0.0%", "0.0%", "-", "-"]
+    texts = [text.get_text() for text in figure.texts]
+    assert "What it shows." in texts
+    assert any("3 class activation maps" in text for text in texts)
 
 
 def test_out_is_a_file(error, tmp_path):

@@ -200,7 +200,7 @@ assert importlib.metadata.version("dlu-triton") == dlu_triton.__version__
 assert len(importlib.resources.files("dlu_triton").joinpath("data", "coffee.jpg").read_bytes()) > 100_000
 print(dlu_triton.__file__)
 """
-    for module in ("PIL", "sklearn"):  # which the demos import
+    for module in ("PIL", "sklearn", "mmcv", "mmengine"):  # which the demos and integrations import
         pytest.importorskip(module)
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(printed.strip()) == installed / "dlu_triton" / "__init__.py"
