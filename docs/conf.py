@@ -26,6 +26,8 @@ copybutton_exclude = ".linenos, .gp, .go"  # prompts and output of consoles
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
+autoclass_content = "both"
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False

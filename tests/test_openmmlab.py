@@ -542,14 +542,3 @@ def test_inside_of_mmdetection(order):
     """Its own config: its neck and mask head hold this `carafe`, initialised; our necks give what its neck gives."""
     done = run(STAND_IN + "".join(f"import {name}\n" for name in order) + MMDETECTION)
     assert done.returncode == 0, done.stderr
-
-
-DETECTOR = f"""
-import torch
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData
-import mmdet.models
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-cfg = Config.fromstring(
