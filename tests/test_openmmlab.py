@@ -542,3 +542,47 @@ def test_inside_of_mmdetection(order):
     """Its own config: its neck and mask head hold this `carafe`, initialised; our necks give what its neck gives."""
     done = run(STAND_IN + "".join(f"import {name}\n" for name in order) + MMDETECTION)
     assert done.returncode == 0, done.stderr
+
+
+DETECTOR = f"""
+import os, torch, mmdet
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+folder = os.path.join(os.path.dirname(mmdet.__file__), ".mim", "configs", "retinanet")
+cfg = Config.fromfile(os.path.join(folder, "retinanet_r18_fpn_1x_coco.py"))
+cfg.merge_from_dict(Config.fromstring('''
+custom_imports = dict(imports=["{NAME}"], allow_failed_imports=False)
+model = dict(neck=dict(
+    _delete_=True, type="UNIFIED_FPN", in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5, start_level=1,
+    upsample_cfg=dict(type="dlu", up_kernel=5, up_group=1, encoder_kernel=3, compressed_channels=64)))
+''', ".py").to_dict())
+init_default_scope("mmdet")
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+import {NAME} as ours
+cfg.model.backbone.init_cfg = None
+torch.manual_seed(0)
+model = MODELS.build(cfg.model)
+model.init_weights()
+assert type(model.neck) is ours.UNIFIED_FPN
+sample = DetDataSample(
+    metainfo=dict(img_shape=(140, 170), batch_input_shape=(140, 170), pad_shape=(140, 170)),
+    gt_instances=InstanceData(bboxes=torch.tensor([[8.0, 8.0, 60.0, 50.0]]), labels=torch.tensor([3])),
+)
+losses = model.loss(torch.randn(1, 3, 140, 170), [sample])
+sum(sum(each) for each in losses.values()).backward()
+*upsamplers, coarsest = model.neck.upsample_modules
+assert [type(upsampler) for upsampler in (*upsamplers, coarsest)] == [ours.DLUPack] * 4
+for upsampler in upsamplers:  # of the coarsest, all of 2 x 2 points are at the border, where offsets have no gradient
+    for parameter in upsampler.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.count_nonzero()
+assert coarsest.kernel_space_generator.weight.grad.count_nonzero()
+"""
+
+
+@needs_mmdet
+def test_detector_of_mmdetection():
+    """Its own config but for the neck, on an image with odd maps: losses and the gradients of all upsamplers."""
+    done = run(STAND_IN + DETECTOR)
+    assert done.returncode == 0, done.stderr
