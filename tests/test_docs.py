@@ -61,6 +61,15 @@ CHECKS = {  # what holds after the blocks of a page have run, and what it requir
         ("", "expected = dlu_triton.XGradCAM(model, '1', eps=1e-7)(images, [3, 0]).map.cpu()"),
         ("", "torch.testing.assert_close(torch.from_numpy(grayscale_cam), expected)"),
     ],
+    "docs/openmmlab.md": [
+        ("mmengine, mmcv", "assert [tuple(x.shape[-2:]) for x in pyramid] == [*sizes.values(), (2, 3)]"),
+        ("mmengine, mmcv", "assert finer.shape == (1, 256, 14, 18) and odd.shape == (1, 256, 13, 17)"),
+        (
+            "mmengine, mmcv",
+            "assert all(map(torch.equal, neck.state_dict().values(), pretrained.state_dict().values()))",
+        ),
+        ("mmengine, mmcv", "assert MODELS.get('carafe').__module__ == 'dlu_triton.integrations.openmmlab'"),
+    ],
     "docs/works-with.md": [
         ("", "assert torch.export.load('upsampler.pt2').module()(*inputs).shape == (2, 64, 50, 84)"),
         ("onnx, onnxscript", "assert {node.op_type for node in __import__('onnx').load('upsampler.onnx').graph.node}"),

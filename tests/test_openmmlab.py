@@ -68,8 +68,8 @@ def test_the_library_alone_imports_none_of_it():
     assert done.returncode == 0, done.stderr
 
 
-if importlib.util.find_spec("mmengine") is None or importlib.util.find_spec("mmcv") is None:
-    pytest.skip("needs mmengine and mmcv or mmcv-lite", allow_module_level=True)
+for package in ("mmengine", "mmcv"):
+    pytest.importorskip(package, exc_type=ImportError)  # as of opencv-python where there is no libGL
 
 from mmcv.cnn import build_upsample_layer  # noqa: E402
 from mmengine.config import Config  # noqa: E402
@@ -339,6 +339,7 @@ def test_levels_of_the_two_necks():
         ({"start_level": 1, "end_level": 1}, ValueError, r"end_level must be -1 or leave levels .* 1, got 1"),
         ({"upsample_cfg": {"type": "dlu", "up_kernel": 2}}, ValueError, r"up_kernel must be odd, got 2"),
         ({"upsample_cfg": {"type": "dul"}}, KeyError, r"Cannot find"),
+        ({"upsample_cfg": {"type": "deconv"}}, TypeError, r"upsample_kernel must be an integer, got None"),
     ],
 )
 def test_wrong_arguments_of_necks(arguments, error, message):
@@ -585,4 +586,47 @@ assert coarsest.kernel_space_generator.weight.grad.count_nonzero()
 def test_detector_of_mmdetection():
     """Its own config but for the neck, on an image with odd maps: losses and the gradients of all upsamplers."""
     done = run(STAND_IN + DETECTOR)
+    assert done.returncode == 0, done.stderr
+
+
+SEGMENTOR = f"""
+import os, torch, mmseg
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import PixelData
+folder = os.path.join(os.path.dirname(mmseg.__file__), ".mim", "configs", "sem_fpn")
+cfg = Config.fromfile(os.path.join(folder, "fpn_r50_4xb2-80k_cityscapes-512x1024.py"))
+cfg.merge_from_dict(Config.fromstring('''
+custom_imports = dict(imports=["{NAME}"], allow_failed_imports=False)
+model = dict(
+    pretrained=None, data_preprocessor=None, backbone=dict(norm_cfg=dict(type="BN")),
+    decode_head=dict(norm_cfg=dict(type="BN")),
+    neck=dict(
+        _delete_=True, type="UNIFIED_FPN", in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=4,
+        upsample_cfg=dict(type="dlu")))
+''', ".py").to_dict())
+init_default_scope("mmseg")
+import mmseg.models
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+import {NAME} as ours
+torch.manual_seed(0)
+model = MODELS.build(cfg.model)
+model.init_weights()
+assert type(model.neck) is ours.UNIFIED_FPN
+size = (96, 160)
+labels = PixelData(data=torch.randint(0, 19, (1, *size)))
+sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size), gt_sem_seg=labels)
+model.loss(torch.randn(1, 3, *size), [sample])["decode.loss_ce"].backward()
+for upsampler in model.neck.upsample_modules:
+    assert type(upsampler) is ours.DLUPack
+    for parameter in upsampler.parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.count_nonzero()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mmseg") is None, reason="needs mmsegmentation 1.2 and mmcv-lite 2.1")
+def test_segmentor_of_mmsegmentation():
+    """Its own config but for the neck, found from its registry."""
+    done = run(STAND_IN + SEGMENTOR)
     assert done.returncode == 0, done.stderr

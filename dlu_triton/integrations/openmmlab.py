@@ -70,9 +70,8 @@ class DLUPack(_Registered, modules.DLUPack):
     """`dlu_triton.DLUPack`, registered as `dlu`: arguments, parameter names and results are the same."""
 
 
-with contextlib.suppress(
-    ImportError
-):  # of mmcv-lite; with compiled operators it cannot register its own any more later
+# Compiled operators come with a `carafe`, whose registration would fail after this one. mmcv-lite has none.
+with contextlib.suppress(ImportError):
     importlib.import_module("mmcv.ops")
 
 
@@ -157,7 +156,7 @@ class _FPN(BaseModule):
             case "bilinear":
                 cfg |= {"scale_factor": 2, "align_corners": False}
             case "deconv":
-                size = cfg.pop("upsample_kernel")
+                size = _checks.integer("upsample_kernel", cfg.pop("upsample_kernel", None), 1)
                 padding = (size - 1) // 2
                 cfg |= channels | {"kernel_size": size, "stride": 2, "padding": padding, "output_padding": padding}
             case "pixel_shuffle":
