@@ -27,6 +27,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autoclass_content = "both"
+autodoc_mock_imports = ["mmcv", "mmengine"]  # which want libGL, and containers may have none
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
