@@ -55,7 +55,7 @@ class Problem:
         self.grad_output = self.arguments["grad_output"]
         self.tensors = [value for name, value in self.arguments.items() if name != "grad_output"]
         sizes = case.scale_factor, case.kernel_size, case.groups
-        self.settings = (*sizes[1:], sizes[0]) if operator == "carafe" else sizes
+        self.settings = (*(sizes if operator != "carafe" else (*sizes[1:], sizes[0])), None)
 
     def leaves(self):
         return [tensor.clone().requires_grad_() for tensor in self.tensors]
