@@ -101,7 +101,7 @@ def feature_variants(op: str, case: Case) -> list[Variant]:
         programs = case.n * _launch.cdiv(case.h, strip.STEP_H) * _launch.cdiv(case.w, strip.STRIP_W)
         for settings in STRIP_PROGRAMS:
             each = _launch.GatherTile(strip, *settings)
-            if _launch.gather_channels(each, itemsize, case.c, case.kernel, programs) == settings[:2]:
+            if _launch.gather_channels(each, itemsize, case.c, case.kernel, programs, 16 // itemsize) == settings[:2]:
                 found.append(_entry(each))
     return list(dict.fromkeys(found))
 

@@ -69,6 +69,11 @@ def output_size(value: object, scale: int, source: Tensor) -> tuple[int, int] | 
         raise ValueError(
             f"output_size must be from (1, 1) to scale_factor*(H, W) = {(scale * h, scale * w)}, got {(height, width)}"
         )
+    if max(scale * h, scale * w) > MAX_SIZE:  # kernels number what is cut off too
+        raise ValueError(
+            f"maps must have at most {MAX_SIZE} rows and columns, upsampled ones too, before they are cut, "
+            f"got scale_factor*(H, W) = {(scale * h, scale * w)}"
+        )
     return height, width
 
 

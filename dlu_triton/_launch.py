@@ -427,13 +427,18 @@ def _gather_warps(channels: int, itemsize: int, kernel_size: int) -> int:
 
 
 def gather_channels(
-    tile: GatherTile, itemsize: int, channels_per_group: int, kernel_size: int, programs: int
+    tile: GatherTile, itemsize: int, channels_per_group: int, kernel_size: int, programs: int, run: int
 ) -> tuple[int, int]:
     """Channels and warps of a program of the feature gradient: all of a group where that leaves enough programs, as
-    each program makes the kernels again."""
+    each program makes the kernels again. `run` elements are side by side wherever it reads and writes."""
     block = channel_block(tile.channels, channels_per_group)
+    short = itemsize == 2 and run < 4
+    if short:  # as many addresses: 256 channels, or 128 in four warps, spill
+        block = min(block, 128)
     while block > 64 and programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4:
         block //= 2
+    if short and block == 128:
+        return block, 8
     return block, tile.warps if block == tile.channels else _gather_warps(block, itemsize, kernel_size)
 
 

@@ -76,11 +76,13 @@ TYPICAL = [
     (torch.float32, "channels_last", 2, 5, 1, 256),
     (torch.float64, "contiguous", 2, 5, 1, 256),
     (torch.bfloat16, "contiguous", 2, 9, 1, 64),
+    (torch.bfloat16, "cut", 2, 5, 1, 256),
 ]
 CORNERS = [
     (torch.bfloat16, "odd sizes", 2, 5, 1, 255),
     (torch.float32, "odd sizes", 2, 5, 1, 255),
     (torch.bfloat16, "float32 kernels", 2, 5, 1, 256),
+    (torch.bfloat16, "large odd sizes", 2, 5, 1, 256),
     (torch.float16, "channels_last", 2, 5, 1, 256),
     (torch.float64, "channels_last", 2, 5, 1, 256),
     *(
@@ -131,25 +133,27 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
         x = torch.empty(2, c, h, w, dtype=dtype, device="meta")
         return x.contiguous(memory_format=torch.channels_last) if "channels_last" in layout else x
 
-    h, w = {"odd sizes": (25, 41), "huge": (2**13, 2**14), "huge, channels_last": (2**13, 2**14)}.get(layout, (48, 80))
+    sizes = {"odd sizes": (25, 41), "large odd sizes": (49, 81), "huge": (2**13, 2**14)}
+    h, w = sizes.get(layout.removesuffix(", channels_last"), (48, 80))
     kernel_dtype = torch.float32 if layout == "float32 kernels" else dtype
     s, k, g = scale_factor, kernel_size, groups
-    features, output = meta(channels, h, w), meta(channels, s * h, s * w)
+    size = (s * h - 1, s * w - 1) if layout == "cut" else (s * h, s * w)
+    features, output = meta(channels, h, w), meta(channels, *size)
     space, offsets = meta(g * k * k, h, w, kernel_dtype), meta(2 * g * s * s, h, w, kernel_dtype)
-    masks = meta(g * k * k, s * h, s * w, kernel_dtype)
-    carafe.carafe_op.launch(features, masks, k, g, s, None)
-    carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, None, True, True)
+    masks = meta(g * k * k, *size, kernel_dtype)
+    carafe.carafe_op.launch(features, masks, k, g, s, size)
+    carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, size, True, True)
     logits = meta(g * k * k * s * s, h, w, kernel_dtype)
-    carafe.carafe_upsample_op.launch(features, logits, s, k, g, None)
-    carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, None, True, True)
-    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g, None)
-    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, None, True, True, True)
-    dlu.expand_kernels_op.launch(space, offsets, s, k, g, None)
-    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, None, True, True)
+    carafe.carafe_upsample_op.launch(features, logits, s, k, g, size)
+    carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, size, True, True)
+    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g, size)
+    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, size, True, True, True)
+    dlu.expand_kernels_op.launch(space, offsets, s, k, g, size)
+    dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, size, True, True)
     if channels == 256:  # the typical shapes
         torch.use_deterministic_algorithms(True)
         try:
-            dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, None, True, True, True)
+            dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, size, True, True, True)
         finally:
             torch.use_deterministic_algorithms(False)
 

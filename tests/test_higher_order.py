@@ -238,10 +238,10 @@ def test_opcheck(device):
         (dlu_ops.expand_kernels_op.gradients.op, "expand_kernels", first, (True, False)),
         (carafe_ops.carafe_upsample_op.gradients.op, "carafe_upsample", first, (True, True)),
     ):
-        torch.library.opcheck(op, (*tensors(operator, layout), 2, 3, 2, *flags))
+        torch.library.opcheck(op, (*tensors(operator, layout), 2, 3, 2, None, *flags))
     # With sizes that vary torch 2.13 fails to trace the derivative of the eager twin, whose input has two sizes in a
     # fixed proportion; without a derivative `test_operators.py` has it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(
-        carafe_ops.carafe_op.gradients.op, (*tensors("carafe", first), 3, 2, 2, True, True), test_utils=checks
+        carafe_ops.carafe_op.gradients.op, (*tensors("carafe", first), 3, 2, 2, None, True, True), test_utils=checks
     )

@@ -657,19 +657,19 @@ def test_opcheck(layout, device):
     logits = _verify.inputs("carafe_upsample", case, torch.float32, device)["logits"].contiguous(memory_format=layout)
     grad_output = tensors.pop("grad_output")
     features, space, offsets = (value.requires_grad_() for value in tensors.values())
-    torch.library.opcheck(dlu_ops.dlu_upsample_op.op, (features, space, offsets, 2, 3, 2))
-    torch.library.opcheck(dlu_ops.expand_kernels_op.op, (space, offsets, 2, 3, 2))
-    torch.library.opcheck(carafe_ops.carafe_op.op, (features, masks.requires_grad_(), 3, 2, 2))
-    torch.library.opcheck(carafe_ops.carafe_upsample_op.op, (features, logits.requires_grad_(), 2, 3, 2))
+    torch.library.opcheck(dlu_ops.dlu_upsample_op.op, (features, space, offsets, 2, 3, 2, None))
+    torch.library.opcheck(dlu_ops.expand_kernels_op.op, (space, offsets, 2, 3, 2, None))
+    torch.library.opcheck(carafe_ops.carafe_op.op, (features, masks.requires_grad_(), 3, 2, 2, None))
+    torch.library.opcheck(carafe_ops.carafe_upsample_op.op, (features, logits.requires_grad_(), 2, 3, 2, None))
     tensors = (features, space, offsets, masks, logits)
     features, space, offsets, masks, logits = (tensor.detach() for tensor in tensors)
     torch.library.opcheck(
-        dlu_ops.dlu_upsample_op.gradients.op, (grad_output, features, space, offsets, 2, 3, 2, True, True, True)
+        dlu_ops.dlu_upsample_op.gradients.op, (grad_output, features, space, offsets, 2, 3, 2, None, True, True, True)
     )
-    torch.library.opcheck(dlu_ops.expand_kernels_op.gradients.op, (masks, space, offsets, 2, 3, 2, False, True))
-    torch.library.opcheck(carafe_ops.carafe_op.gradients.op, (grad_output, features, masks, 3, 2, 2, True, True))
+    torch.library.opcheck(dlu_ops.expand_kernels_op.gradients.op, (masks, space, offsets, 2, 3, 2, None, False, True))
+    torch.library.opcheck(carafe_ops.carafe_op.gradients.op, (grad_output, features, masks, 3, 2, 2, None, True, True))
     torch.library.opcheck(
-        carafe_ops.carafe_upsample_op.gradients.op, (grad_output, features, logits, 2, 3, 2, True, True)
+        carafe_ops.carafe_upsample_op.gradients.op, (grad_output, features, logits, 2, 3, 2, None, True, True)
     )
 
 

@@ -150,6 +150,47 @@ def test_nothing_is_made_in_full_size(operator, device, monkeypatch):
     )
 
 
+@every_operator
+def test_offsets_of_64_bits(operator, device, monkeypatch):
+    monkeypatch.setattr(_launch, "MOST_32_BIT_OFFSETS", 1)
+    for name, comparison in _verify.compare(
+        operator, replace(WHOLE, output_size=(7, 11)), torch.float32, device
+    ).items():
+        assert comparison.passed, f"{name}: {comparison}"
+
+
+def test_what_is_cut_off_is_numbered_too():
+    """A kernel numbers the rows whose gradients are zero."""
+    features = torch.empty(1, 1, 2**30, 1, dtype=torch.float16, device="meta")
+    logits = features.expand(-1, 4, -1, -1)
+    message = r"at most 2147479552 rows and columns, .* got scale_factor\*\(H, W\) = \(2147483648, 2\)"
+    with pytest.raises(ValueError, match=message):
+        dlu_triton.carafe_upsample(features, logits, 2, 1, 1, (2, 2))
+    with pytest.raises(ValueError, match=message):
+        dlu_triton.expand_kernels(features, features.expand(-1, 8, -1, -1), 2, 1, 1, (2, 2))
+
+
+def test_tiles_that_are_cut_off_take_no_products(device, monkeypatch):
+    """What they store is zero."""
+    if not INTERPRETED:
+        pytest.skip("counts what the interpreter multiplies")
+    from triton.runtime import interpreter
+
+    counted = []
+    create = interpreter.interpreter_builder.create_dot
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "create_dot", lambda *arguments: (counted.append(1), create(*arguments))[1]
+    )
+    products = []
+    for size in ((4, 4), (24, 24)):
+        case = Case("", channels=8, height=12, width=12, kernel_size=3, output_size=size)
+        given = _verify.inputs("carafe_upsample", case, torch.float32, device)
+        counted.clear()
+        _verify.results(_verify.function("carafe_upsample", case, eager=False), given, ["logits"])
+        products.append(len(counted))
+    assert 0 < 4 * products[0] < products[1]
+
+
 @pytest.mark.parametrize("path", ("kernels", "eager path"), indirect=True)
 @pytest.mark.parametrize("pack", (DLUPack, CARAFEPack))
 def test_modules(pack, path):
@@ -200,6 +241,7 @@ def test_one_graph_for_all_sizes(pack, device):
 ON_A_CPU = """
 import pytest
 import torch
+from dataclasses import replace
 import dlu_triton
 from dlu_triton import _launch, _verify
 assert not _launch.INTERPRETED
@@ -211,6 +253,16 @@ for operator in _verify.OPERATORS:
     found, expected = (_verify.results(each, given) for each in (compiled, call))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+    # What alone reaches the outputs that are cut off is not read.
+    small = replace(case, height=12, width=12, output_size=(3, 3), reach=0.0)
+    given, call = _verify.inputs(operator, small, torch.float32, "cpu"), _verify.function(operator, small, eager=False)
+    for name in ("features", "offsets", "logits"):
+        if name in given:
+            given[name][..., 4:, :] = given[name][..., 4:] = float("nan")
+    torch.compiler.reset()
+    found = _verify.results(torch.compile(call, fullgraph=True, backend="aot_eager"), given)
+    for name, value in found.items():
+        assert value.isfinite().all(), (operator, name)
 
 class Merge(torch.nn.Module):
     def forward(self, coarse, logits, fine):

@@ -27,9 +27,9 @@ def carafe(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe`."""
+    rows, cols = _read(features, output_size, scale_factor)
     if output_size is not None:
-        height, width = (scale_factor * side for side in features.shape[2:])
-        masks = F.pad(masks, [0, width - output_size[1], 0, height - output_size[0]])
+        masks = _resized(masks, scale_factor * rows, scale_factor * cols)
     kernels = _beside(F.pixel_unshuffle(masks, scale_factor), group_size, kernel_size, scale_factor)
     return _reassemble(features, kernels, group_size, scale_factor, output_size)
 
@@ -43,6 +43,8 @@ def carafe_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
+    if output_size is not None:
+        logits = _resized(logits, *_read(features, output_size, scale_factor))
     kernels = _beside(logits, groups, kernel_size, scale_factor).softmax(dim=1)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
 
@@ -56,9 +58,11 @@ def expand_kernels(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`."""
-    n, c, h, w = kernel_space.shape
+    n, c, _, _ = kernel_space.shape
+    if output_size is not None:
+        offsets = _resized(offsets, *_read(kernel_space, output_size, scale_factor))
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
-    masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, h, w), scale_factor)
+    masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, *offsets.shape[2:]), scale_factor)
     return _laid_out_as(kernel_space, _cut(masks, output_size))
 
 
@@ -72,6 +76,8 @@ def dlu_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
+    if output_size is not None:
+        offsets = _resized(offsets, *_read(features, output_size, scale_factor))
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
 
@@ -84,61 +90,78 @@ def _beside(channels: Tensor, groups: int, kernel_size: int, scale_factor: int) 
 
 
 def _sample(kernel_space: Tensor, offsets: Tensor, scale_factor: int, kernel_size: int, groups: int) -> Tensor:
-    """Softmax, then a bilinear sample at the offsets: (N*G, k*k, s*s, H, W), float32 at least."""
+    """Softmax, then a bilinear sample at the offsets, which may be those of the first rows and columns alone:
+    (N*G, k*k, s*s, H', W'), float32 at least."""
     n, _, h, w = kernel_space.shape
+    rows, cols = offsets.shape[2:]
     s, dtype = scale_factor, _launch.sum_dtype(kernel_space.dtype)
     space = kernel_space.to(dtype).reshape(n * groups, kernel_size**2, h, w).softmax(dim=1)
-    shifts = offsets.to(dtype).reshape(n * groups, 2, s * s, h, w).permute(0, 2, 3, 4, 1)
-    dx, dy = shifts.split(1, dim=-1)  # (N*G, s*s, H, W, 1)
+    shifts = offsets.to(dtype).reshape(n * groups, 2, s * s, rows, cols).permute(0, 2, 3, 4, 1)
+    dx, dy = shifts.split(1, dim=-1)  # (N*G, s*s, H', W', 1)
     if torch.onnx.is_in_onnx_export():
         # Fewer nodes, but coordinates are rounded: a kink of the derivative at a pixel would be missed.
-        columns = torch.arange(0.5, w, dtype=dtype, device=offsets.device)[:, None]
-        rows = torch.arange(0.5, h, dtype=dtype, device=offsets.device)[:, None, None]
+        x = torch.arange(0.5, cols, dtype=dtype, device=offsets.device)[:, None]
+        y = torch.arange(0.5, rows, dtype=dtype, device=offsets.device)[:, None, None]
         # -1 and 1 are the edges of the image: between its outermost pixels a side of one pixel would divide by zero.
-        grid = torch.cat(((dx + columns) * (2 / w), (dy + rows) * (2 / h)), dim=-1) - 1
-        grid = grid.reshape(n * groups, s * s * h, w, 2)
+        grid = torch.cat(((dx + x) * (2 / w), (dy + y) * (2 / h)), dim=-1) - 1
+        grid = grid.reshape(n * groups, s * s * rows, cols, 2)
         sampled = F.grid_sample(space, grid, padding_mode="border", align_corners=False)
-        return sampled.reshape(n * groups, kernel_size**2, s * s, h, w)
-    x0, x1, fx = reference.cells(dx + torch.arange(w, device=dx.device)[:, None], w)
-    y0, y1, fy = reference.cells(dy + torch.arange(h, device=dy.device)[:, None, None], h)
-    x, y = torch.stack((x0, x1, x0, x1), dim=1), torch.stack((y0, y0, y1, y1), dim=1)  # (N*G, 4, s*s, H, W, 1)
+        return sampled.reshape(n * groups, kernel_size**2, s * s, rows, cols)
+    x0, x1, fx = reference.cells(dx + torch.arange(cols, device=dx.device)[:, None], w)
+    y0, y1, fy = reference.cells(dy + torch.arange(rows, device=dy.device)[:, None, None], h)
+    x, y = torch.stack((x0, x1, x0, x1), dim=1), torch.stack((y0, y0, y1, y1), dim=1)  # (N*G, 4, s*s, H', W', 1)
     weights = torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), dim=1)
     centres = torch.cat(((2 * x + 1).to(dtype) / w, (2 * y + 1).to(dtype) / h), dim=-1) - 1
     corners = F.grid_sample(
-        space, centres.reshape(n * groups, 4 * s * s * h, w, 2), mode="nearest", align_corners=False
+        space, centres.reshape(n * groups, 4 * s * s * rows, cols, 2), mode="nearest", align_corners=False
     )
-    corners = corners.reshape(n * groups, kernel_size**2, 4, s * s, h, w)
-    return (corners * weights.reshape(n * groups, 1, 4, s * s, h, w)).sum(2)
+    corners = corners.reshape(n * groups, kernel_size**2, 4, s * s, rows, cols)
+    return (corners * weights.reshape(n * groups, 1, 4, s * s, rows, cols)).sum(2)
 
 
 def _reassemble(
     features: Tensor, kernels: Tensor, groups: int, scale_factor: int, output_size: Sequence[int] | None
 ) -> Tensor:
-    """(N, C, H, W), (N*G, k*k, s*s, H, W) -> (N, C, s*H, s*W), or of the size that is given"""
-    n, c, h, w = features.shape
+    """(N, C, H, W), (N*G, k*k, s*s, H', W') of the first rows and columns -> (N, C, s*H', s*W'), or of the size that is
+    given."""
+    n, c, _, _ = features.shape
+    h, w = kernels.shape[3:]
     k, s = math.isqrt(kernels.shape[1]), scale_factor
-    wide = features.to(kernels.dtype)
+    wide, border = features.to(kernels.dtype), k // 2
+    if output_size is not None:  # with the border around it, of zeros outside the image
+        wide, border = _resized(F.pad(wide, [k // 2] * 4), h + 2 * (k // 2), w + 2 * (k // 2)), 0
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        windows = F.pad(wide, [k // 2] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
+        windows = F.pad(wide, [border] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
         windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
         taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
         sums = (windows * taps).sum((7, 8))  # (N, G, C/G, H, s, W, s)
         return _laid_out_as(features, _cut(sums.reshape(n, c, s * h, s * w), output_size))
-    grouped = wide.reshape(n * groups, c // groups, h, w)
+    grouped = wide.reshape(n * groups, c // groups, *wide.shape[2:])
     identity = torch.eye(k * k, dtype=kernels.dtype, device=kernels.device).view(k * k, 1, k, k, 1)
     pixels = grouped.permute(0, 2, 3, 1).unsqueeze(1)
-    windows = F.conv3d(pixels, identity, padding=(k // 2, k // 2, 0))  # (N*G, k*k, H, W, C/G)
-    sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H, W, s*s, C/G)
+    windows = F.conv3d(pixels, identity, padding=(border, border, 0))  # (N*G, k*k, H', W', C/G)
+    sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H', W', s*s, C/G)
     beside = sums.permute(0, 4, 3, 1, 2).reshape(n, c * s**2, h, w)
     return _laid_out_as(features, _cut(F.pixel_shuffle(beside, s), output_size))
 
 
-def _cut(x: Tensor, output_size: Sequence[int] | None) -> Tensor:
-    """The first rows and columns. A slice would tie the program to whether sizes are odd; padding by less than none
-    does not."""
+def _read(source: Tensor, output_size: Sequence[int] | None, scale_factor: int) -> tuple[int, int]:
+    """How many of the first rows and columns of the source have outputs."""
     if output_size is None:
-        return x
-    return F.pad(x, [0, output_size[1] - x.shape[3], 0, output_size[0] - x.shape[2]])
+        return source.shape[2], source.shape[3]
+    rows, cols = ((side + scale_factor - 1) // scale_factor for side in output_size)
+    return rows, cols
+
+
+def _cut(x: Tensor, output_size: Sequence[int] | None) -> Tensor:
+    """The first rows and columns; or all."""
+    return x if output_size is None else _resized(x, *output_size)
+
+
+def _resized(x: Tensor, rows: int, cols: int) -> Tensor:
+    """The first rows and columns, or zeros after the last ones. A slice would tie a program to whether sizes are odd;
+    padding by less than none does not."""
+    return F.pad(x, [0, cols - x.shape[3], 0, rows - x.shape[2]])
 
 
 def _laid_out_as(given: Tensor, result: Tensor) -> Tensor:

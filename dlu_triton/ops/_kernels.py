@@ -972,7 +972,9 @@ def reassemble_backward_kernels(
             window_rows, window_cols, channels, stride_xc, stride_xh, stride_xw, INNER, UNIT, INDEX, SIGNED=True
         )  # [Q, C]  # fmt: skip
         grad_band = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_Q], ACC)  # [M, Q]
-        for block in range(0, channels_per_group, BLOCK_C):
+        # None of a tile that is cut off as a whole.
+        last_channel = tl.where((y < output_height) & (x < output_width), channels_per_group, 0)
+        for block in range(0, last_channel, BLOCK_C):
             present = block // RUN + channels // RUN < channels_per_group // RUN
             present = None if RUN == BLOCK_C else present
             pointers = features_ptr + _channel_offset(first_channel + block, stride_xc, INNER, UNIT) + window_offsets

@@ -107,7 +107,8 @@ def _backward_features_launch(
     layout = _launch.map_layout(grad_output, math.gcd(start, strip.BLOCK_W))
     grad_layout = _launch.map_layout(grad_features, strip.STRIP_W)
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
-    block, warps = _launch.gather_channels(tile, dtype.itemsize, c // groups, kernel_size, columns * steps)
+    run = min(layout.UNIT, grad_layout.UNIT)
+    block, warps = _launch.gather_channels(tile, dtype.itemsize, c // groups, kernel_size, columns * steps, run)
     slices = _launch.cdiv(c // groups, block)
     steps = _launch.strip_steps(columns * slices, steps)
     tiles_h = _launch.cdiv(h, steps * strip.STEP_H)
