@@ -384,6 +384,21 @@ MUTANTS = (
         ("test_output_size.py::test_gradient_of_wide_features",),
     ),
     Mutant(
+        "products for tiles that are cut off", KERNELS,
+        "tl.where((y < output_height) & (x < output_width), channels_per_group, 0)", "channels_per_group",
+        ("test_output_size.py::test_tiles_that_are_cut_off_take_no_products",),
+    ),
+    Mutant(
+        "what is cut off may have any number", CHECKS,
+        "if max(scale * h, scale * w) > MAX_SIZE:", "if False:",
+        ("test_output_size.py::test_what_is_cut_off_is_numbered_too",),
+    ),
+    Mutant(
+        "a CPU's compiler computes what is cut off", GRAPH,
+        "((side + scale_factor - 1) // scale_factor for side in output_size)", "source.shape[2:]",
+        ("test_output_size.py::test_compiled_on_a_cpu",),
+    ),
+    Mutant(
         "any size taken", CHECKS,
         "if not (1 <= height <= scale * h and 1 <= width <= scale * w):", "if not (1 <= height and 1 <= width):",
         ("test_checks.py",),

@@ -35,6 +35,10 @@ def test_tests_exist():
     """By pytest itself, which knows their parameters."""
     assert all(mutant.tests for mutant in MUTANTS)
     tests = sorted({f"tests/{test}" for mutant in MUTANTS for test in mutant.tests})
+    try:
+        import mmcv.cnn  # noqa: F401
+    except ImportError:  # not installed, or without a library that it wants; its tests are not collected then
+        tests = [test for test in tests if not test.startswith("tests/test_openmmlab.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests],
