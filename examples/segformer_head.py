@@ -25,6 +25,8 @@ try:
 
     import dlu_triton
 except ImportError as error:
+    if __name__ != "__main__":
+        raise
     raise SystemExit(f"segformer_head: error: {error}; pip install dlu-triton") from None
 
 if TYPE_CHECKING:

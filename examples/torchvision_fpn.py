@@ -33,6 +33,8 @@ try:
 
     import dlu_triton
 except ImportError as error:
+    if __name__ != "__main__":
+        raise
     raise SystemExit(f"torchvision_fpn: error: {error}; pip install dlu-triton torchvision") from None
 
 if TYPE_CHECKING:

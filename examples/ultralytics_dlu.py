@@ -25,6 +25,8 @@ try:
 
     import dlu_triton
 except ImportError as error:
+    if __name__ != "__main__":
+        raise
     raise SystemExit(f"ultralytics_dlu: error: {error}; pip install dlu-triton ultralytics") from None
 
 __all__ = ["register", "write_yaml"]

@@ -4,8 +4,10 @@ import copy
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -108,10 +110,20 @@ def test_layers_are_built_from_configs(layer, up_group, device):
         assert torch.equal(built(x, output_size=(5, 3)), ours(x, output_size=(5, 3)))
 
 
-def test_arguments_of_the_issue():
+def test_arguments_by_keyword():
     layer = build_upsample_layer({"type": "dlu", "channels": 256, "scale_factor": 2, **UPSAMPLER})
     assert (layer.channels, layer.scale_factor, layer.up_kernel, layer.compressed_channels) == (256, 2, 5, 64)
     assert sum(parameter.numel() for parameter in layer.parameters()) == 35_489
+
+
+def test_config_of_the_page():
+    """Without what it is based on, which mmdetection has."""
+    page = ROOT.joinpath("docs", "openmmlab.md").read_text()
+    (indented,) = (text for text in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE) if "_base_" in text)
+    lines = [line for line in textwrap.dedent(indented).splitlines(True) if not line.startswith("_base_")]
+    neck = MODELS.build(Config.fromstring("".join(lines).replace("_delete_=True,", ""), ".py").model.neck)
+    assert isinstance(neck, openmmlab.UNIFIED_FPN)
+    assert {type(module) for module in neck.upsample_modules} == {openmmlab.DLUPack}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -469,6 +481,7 @@ def test_config_files_plug_it_in(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     code = f"""
 import sys
+import textwrap
 from mmengine.config import Config
 from mmengine.registry import MODELS
 assert MODELS.get("UNIFIED_FPN") is None and "dlu_triton" not in sys.modules
