@@ -3,7 +3,7 @@
     pip install -c constraints.txt ".[demo]" && python docs/figures.py
 
 kernels.png is the second picture of `python -m dlu_triton demo`, of a module trained here for as many steps (half a
-minute on one CPU core). tile.svg and gradients.svg follow from the tile sizes in `dlu_triton/_launch.py`, and hold
+minute on one CPU core); bench/results/learned.json has the figures on it. tile.svg and gradients.svg follow from the tile sizes in `dlu_triton/_launch.py`, and hold
 what they were drawn from as their description; `python docs/figures.py --check` tells whether they are up to date.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a clone, installed or not
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # of a clone, installed or not
+
+import machine
 
 from dlu_triton import _demo, _launch, _learned, carafe
 
-FIGURES = Path(__file__).parent / "figures"
+FIGURES, RECORD = ROOT / "docs" / "figures", ROOT / "bench" / "results" / "learned.json"
 SCALE, KERNEL, CHANNELS, DTYPE = 2, 5, 256, torch.bfloat16  # with channels last: what the tables were chosen for
-DPI, COLOURS = 100, 256  # of the picture with a photograph, which is to stay small
+DPI = 100  # of the picture with a photograph, which is to stay small
 INK, FAINT = "#1f2328", "#b0b7be"
 TAPS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # rows of a kernel, in Okabe and Ito's colours
 STYLE = {
@@ -60,14 +64,20 @@ def learned() -> _learned.Learned:
 
 
 def kernels(found: _learned.Learned) -> bytes:
-    """A PNG of few colours, with the figures on it as its description."""
+    """A PNG, with the figures on it as its description."""
     file, small = io.BytesIO(), io.BytesIO()
     _learned.picture(found, _demo.TITLE.format(steps=_demo.STEPS)).savefig(file, dpi=DPI)
     description = PngInfo()
     description.add_text("Description", _learned.caption(found))
-    few = Image.open(file).convert("RGB").quantize(COLOURS, kmeans=4)
-    few.save(small, format="PNG", optimize=True, pnginfo=description)
+    Image.open(file).convert("RGB").save(small, format="PNG", optimize=True, pnginfo=description)
     return small.getvalue()
+
+
+def record(found: _learned.Learned) -> str:
+    """The figures on the picture, as other results have theirs: with machine, versions and commit."""
+    figures = {"steps": _demo.STEPS, "means": found.figures(), "caption": _learned.caption(found)}
+    figures = {"machine": machine.info(), "datetime": datetime.now(UTC).isoformat(), "learned": figures}
+    return json.dumps(figures, indent=1) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -259,7 +269,9 @@ def main(arguments: list[str]) -> int:
     FIGURES.mkdir(exist_ok=True)
     for path, text in found.items():
         path.write_text(text)
-    (FIGURES / "kernels.png").write_bytes(kernels(learned()))
+    module = learned()
+    RECORD.write_text(record(module))
+    (FIGURES / "kernels.png").write_bytes(kernels(module))
     return 0
 
 
