@@ -140,8 +140,8 @@ def picture(learned: Learned, title: str) -> Figure:
     Of scale 2: each of the four outputs of a source pixel has a colour.
     """
     aspect = learned.pixels.shape[1] / learned.pixels.shape[2]
-    heights = (0.75 + min(2.9 * aspect, 4), 3.0, 3.0)
-    figure = Figure((WIDTH, sum(heights) + 1.3), layout="constrained")
+    heights = (0.95 + min(2.9 * aspect, 4), 3.0, 3.0)
+    figure = Figure((WIDTH, sum(heights) + 1.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05)
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=15, fontweight="bold")
     figure.supxlabel(

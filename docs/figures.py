@@ -3,8 +3,9 @@
     pip install -c constraints.txt ".[demo]" && python docs/figures.py
 
 kernels.png is the second picture of `python -m dlu_triton demo`, of a module trained here for as many steps (half a
-minute on one CPU core); bench/results/learned.json has the figures on it. tile.svg and gradients.svg follow from the tile sizes in `dlu_triton/_launch.py`, and hold
-what they were drawn from as their description; `python docs/figures.py --check` tells whether they are up to date.
+minute on one CPU core); bench/results/learned.json has the figures on it. tile.svg and gradients.svg follow from the
+tile sizes in `dlu_triton/_launch.py`, and hold what they were drawn from as their description; `python docs/figures.py
+--check` tells whether they are up to date.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # of a clone, installed or not
+sys.path.insert(0, str(ROOT))  # of a clone, installed or not
+sys.path.append(str(ROOT / "bench"))
 
 import machine
 
