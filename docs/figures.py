@@ -29,14 +29,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # of a clone, installed or not
-sys.path.append(str(ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a clone, installed or not
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import machine
 
 from dlu_triton import _demo, _launch, _learned, carafe
 
+ROOT = Path(__file__).parents[1]
 FIGURES, RECORD = ROOT / "docs" / "figures", ROOT / "bench" / "results" / "learned.json"
 SCALE, KERNEL, CHANNELS, DTYPE = 2, 5, 256, torch.bfloat16  # with channels last: what the tables were chosen for
 DPI = 100  # of the picture with a photograph, which is to stay small
