@@ -43,7 +43,7 @@ def carafe_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
-    if output_size is not None:
+    if output_size is not None and _fused():
         logits = _resized(logits, *_read(features, output_size, scale_factor))
     kernels = _beside(logits, groups, kernel_size, scale_factor).softmax(dim=1)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
@@ -59,7 +59,7 @@ def expand_kernels(
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`."""
     n, c, _, _ = kernel_space.shape
-    if output_size is not None:
+    if output_size is not None and _fused():
         offsets = _resized(offsets, *_read(kernel_space, output_size, scale_factor))
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, *offsets.shape[2:]), scale_factor)
@@ -76,7 +76,7 @@ def dlu_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
-    if output_size is not None:
+    if output_size is not None and _fused():
         offsets = _resized(offsets, *_read(features, output_size, scale_factor))
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
@@ -128,9 +128,9 @@ def _reassemble(
     h, w = kernels.shape[3:]
     k, s = math.isqrt(kernels.shape[1]), scale_factor
     wide, border = features.to(kernels.dtype), k // 2
-    if output_size is not None:  # with the border around it, of zeros outside the image
+    if output_size is not None and _fused():  # with the border around it, of zeros outside the image
         wide, border = _resized(F.pad(wide, [k // 2] * 4), h + 2 * (k // 2), w + 2 * (k // 2)), 0
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if _fused():
         windows = F.pad(wide, [border] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
         windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
         taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
@@ -145,9 +145,15 @@ def _reassemble(
     return _laid_out_as(features, _cut(F.pixel_shuffle(beside, s), output_size))
 
 
+def _fused() -> bool:
+    """Whether a compiler fuses what it is given. An exported program is to have few operators: it computes all, then
+    cuts it."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _read(source: Tensor, output_size: Sequence[int] | None, scale_factor: int) -> tuple[int, int]:
-    """How many of the first rows and columns of the source have outputs."""
-    if output_size is None:
+    """How many of the first rows and columns of the source are to be read."""
+    if output_size is None or not _fused():
         return source.shape[2], source.shape[3]
     rows, cols = ((side + scale_factor - 1) // scale_factor for side in output_size)
     return rows, cols
