@@ -4,8 +4,10 @@ import copy
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,7 @@ def test_layers_are_built_from_configs(layer, up_group, device):
         assert torch.equal(built(x, output_size=(5, 3)), ours(x, output_size=(5, 3)))
 
 
-def test_arguments_of_the_issue():
+def test_layer_from_all_official_arguments():
     layer = build_upsample_layer({"type": "dlu", "channels": 256, "scale_factor": 2, **UPSAMPLER})
     assert (layer.channels, layer.scale_factor, layer.up_kernel, layer.compressed_channels) == (256, 2, 5, 64)
     assert sum(parameter.numel() for parameter in layer.parameters()) == 35_489
@@ -479,6 +481,25 @@ print(type(neck), type(neck.upsample_modules[0]))
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"<class '{NAME}.UNIFIED_FPN'> <class '{NAME}.DLUPack'>\n"
+
+
+def test_config_of_the_page(tmp_path):
+    """That of a detector without such a neck, but for its base, which comes with mmdetection."""
+    blocks = re.findall(r"^(?: {4}.*\n)+", ROOT.joinpath("docs", "openmmlab.md").read_text(), re.MULTILINE)
+    (block,) = (textwrap.dedent(each) for each in blocks if "_base_" in each)
+    base, text = block.split("\n", 1)
+    assert base.startswith("_base_ = ")
+    (tmp_path / "config.py").write_text(text)
+    cfg = Config.fromfile(tmp_path / "config.py")
+    assert cfg.custom_imports.imports == [NAME]
+    neck = cfg.model.neck
+    assert neck.pop("_delete_")  # for the base's own neck, which mmengine replaces
+    neck = MODELS.build(neck)
+    assert type(neck) is openmmlab.UNIFIED_FPN
+    assert [type(each) for each in neck.upsample_modules] == [openmmlab.DLUPack] * 4
+    sizes = {256: (9, 11), 512: (5, 6), 1024: (3, 3), 2048: (2, 2)}
+    outputs = neck([torch.randn(1, channels, *size) for channels, size in sizes.items()])
+    assert [tuple(output.shape) for output in outputs] == [(1, 256, *size) for size in (*sizes.values(), (1, 1))]
 
 
 def test_runner_trains_and_saves(tmp_path, monkeypatch):
