@@ -668,8 +668,8 @@ def gpu(run: Run | None) -> str:
 
 def gpu_short(run: Run | None) -> str:
     if run is None:
-        where = "The kernels are compiled for GPUs, and tested in Triton's interpreter."
-        return f"**Speed on a GPU: not measured yet.** {where}"
+        where = "No kernel has run on a GPU yet: they are compiled for GPUs, and tested in Triton's interpreter."
+        return f"**Speed on a GPU: not measured. {where}**"
     return f"Speed on a GPU: {_gpu_machine(run)}\n\n{targets(run, '<code>dlu_upsample</code> forward', TARGETS)}"
 
 

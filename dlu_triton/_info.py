@@ -41,9 +41,8 @@ PACKAGES = (
     "ultralytics",
 )
 
-# Named one by one, since others may hold what is private.
+# Named one by one, since others may hold what is private. TRITON_INTERPRET has a line of its own.
 VARIABLES = (
-    "TRITON_INTERPRET",
     "TRITON_ALWAYS_COMPILE",
     "TRITON_CACHE_DIR",
     "TRITON_DEBUG",
@@ -94,7 +93,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "Python.h", "found" if Path(sysconfig.get_path("include"), "Python.h").exists() else "not found"
     yield "float32 products of torch", torch.get_float32_matmul_precision()
     yield "deterministic algorithms", "on" if torch.are_deterministic_algorithms_enabled() else "off"
-    variables = [f"{name}={os.environ[name]}" for name in VARIABLES[1:] if name in os.environ]
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     yield "environment", " ".join(variables) or "nothing that matters"
     yield "packages", ", ".join(_packages()) or "none that matter"
 

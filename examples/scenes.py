@@ -6,16 +6,19 @@ held-out scenes is in the others.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from train_upsampler import HELD_OUT, TRAINING, read  # says what to install, if that is missing
+from train_upsampler import HELD_OUT, TRAINING, integer, read  # says what to install, if that is missing
 
 from sklearn.datasets import load_digits  # isort: skip
 
-__all__ = ["Scene", "Scenes"]
+__all__ = ["Scene", "Scenes", "comparison"]
 
 SHRINKING = 2  # of the photographs, so that a crop shows something
 DIMMING = 0.5  # of the photographs, so that the digits stand out
@@ -82,3 +85,17 @@ class Scenes:
             boxes.append([x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1])
             labels.append(self.labels[index])
         return Scene(pixels, torch.tensor(boxes).float(), torch.stack(labels), mask)
+
+
+def comparison(
+    name: str, description: str, upsamplers: Iterable[str], steps: int, images: int
+) -> argparse.ArgumentParser:
+    """The options of a program that trains with each upsampler and measures on held-out scenes, with their defaults."""
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("--upsamplers", nargs="+", choices=upsamplers, default=list(upsamplers))
+    parser.add_argument("--steps", type=partial(integer, low=1), default=steps, help=f"of each; {steps} by default")
+    parser.add_argument(
+        "--images", type=partial(integer, low=1), default=images, help=f"held-out scenes, {images} by default"
+    )
+    parser.add_argument("--seed", type=partial(integer, low=0), default=0, help="of weights and scenes, 0 by default")
+    return parser

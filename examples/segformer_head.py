@@ -15,19 +15,20 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 try:
+    import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
 
     import dlu_triton
 except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    raise SystemExit(f"segformer_head: error: {error}; pip install dlu-triton") from None
+    advice = f"{error}; pip install dlu-triton"
+    if __name__ == "__main__":
+        sys.exit(f"segformer_head: error: {advice}")
+    raise ImportError(advice) from error
 
 if TYPE_CHECKING:
     from scenes import Scenes
@@ -187,22 +188,21 @@ def train(network: Network, scenes: Scenes, steps: int, seed: int, device: torch
 
 
 @torch.no_grad()
-def evaluate(network: Network, scenes: Scenes, images: int, device: torch.device) -> Tensor:
-    """How many pixels of each class, by row, were taken for which: (CLASSES, CLASSES), int64."""
+def evaluate(network: Network, scenes: Scenes, images: int, device: torch.device) -> tuple[float, float]:
+    """Mean intersection over union, of the pixels of all images together: of the classes that are there, of digits."""
+    from sklearn.metrics import jaccard_score
+
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     network.eval()
-    counts = torch.zeros(CLASSES * CLASSES, dtype=torch.int64)
+    truth, found = [], []
     for _ in range(images):
         pixels, masks = draw(scenes, 1, generator)
-        found = network(pixels.to(device)).argmax(1).cpu()
-        counts += (CLASSES * masks + found).flatten().bincount(minlength=CLASSES**2)
-    return counts.view(CLASSES, CLASSES)
-
-
-def intersection_over_union(counts: Tensor) -> Tensor:
-    """(classes,), of the pixels of all images together; NaN for a class that is nowhere."""
-    right = counts.diagonal().double()
-    return right / (counts.sum(0) + counts.sum(1) - right)
+        truth.append(masks.flatten().numpy())
+        found.append(network(pixels.to(device)).argmax(1).flatten().numpy(force=True))
+    truth, found = np.concatenate(truth), np.concatenate(found)
+    classes = np.union1d(truth, found)
+    scores = jaccard_score(truth, found, labels=classes, average=None)
+    return scores.mean().item(), scores[classes > 0].mean().item()
 
 
 def compare(options: argparse.Namespace, device: torch.device) -> None:
@@ -219,13 +219,11 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
             start = time.perf_counter()
             train(network, training, options.steps, options.seed, device)
             seconds = time.perf_counter() - start
-        iou = intersection_over_union(evaluate(network, held_out, options.images, device))
+        iou, iou_of_digits = evaluate(network, held_out, options.images, device)
         parameters, all_parameters = (
             sum(each.numel() for each in module.parameters()) for module in (network.head.upsamplers, network)
         )
-        rows.append(
-            f"{name:10}{parameters:12,}{all_parameters:12,}{iou.nanmean():10.3f}{iou[1:].nanmean():10.3f}{seconds:14.0f}"
-        )
+        rows.append(f"{name:10}{parameters:12,}{all_parameters:12,}{iou:10.3f}{iou_of_digits:10.3f}{seconds:14.0f}")
     titles = f"{'parameters':>12}{'of all':>12}{'mIoU':>10}{'of digits':>10}{'training, s':>14}"
     print(f"\n{'upsampler':10}{titles}", *rows, sep="\n")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (eager path)"
@@ -238,26 +236,11 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     # Here, as whoever imports the head need not have what comes with the scenes.
-    from train_upsampler import UserError, choose_device, integer
+    from scenes import comparison
+    from train_upsampler import run_program
 
-    parser = argparse.ArgumentParser(prog="segformer_head", description=__doc__.splitlines()[0])
-    parser.add_argument("--upsamplers", nargs="+", choices=UPSAMPLERS, default=list(UPSAMPLERS))
-    parser.add_argument("--steps", type=partial(integer, low=1), default=STEPS, help=f"of each; {STEPS} by default")
-    parser.add_argument(
-        "--images", type=partial(integer, low=1), default=IMAGES, help=f"held-out scenes, {IMAGES} by default"
-    )
-    parser.add_argument("--seed", type=partial(integer, low=0), default=0, help="of weights and scenes, 0 by default")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    options = parser.parse_args(arguments)
-    try:
-        compare(options, choose_device(options.device))
-    except UserError as mistake:
-        print(f"segformer_head: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("segformer_head: stopped", file=sys.stderr)
-        return 130
-    return 0
+    parser = comparison("segformer_head", __doc__.splitlines()[0], UPSAMPLERS, STEPS, IMAGES)
+    return run_program(compare, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 try:
+    import numpy as np
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -33,9 +34,10 @@ try:
 
     import dlu_triton
 except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    raise SystemExit(f"torchvision_fpn: error: {error}; pip install dlu-triton torchvision") from None
+    advice = f"{error}; pip install dlu-triton torchvision"
+    if __name__ == "__main__":
+        sys.exit(f"torchvision_fpn: error: {advice}")
+    raise ImportError(advice) from error
 
 if TYPE_CHECKING:
     from scenes import Scene, Scenes
@@ -235,10 +237,13 @@ def matched(found: Tensor, boxes: Tensor, iou: float) -> Tensor:
 
 def average_precision(scores: Tensor, hits: Tensor, digits: int) -> float:
     """Area under precision by recall; the precision is the best at that recall or more."""
-    right = hits[scores.argsort(descending=True, stable=True)].double()
-    precision = right.cumsum(0) / torch.arange(1, len(right) + 1)
-    best = precision.flip(0).cummax(0).values.flip(0) if len(right) else precision
-    return (best * right).sum().item() / digits
+    if not hits.any():
+        return 0.0
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(hits.numpy(), scores.numpy())  # from the most found to none
+    recall *= hits.sum().item() / digits  # of all digits, as it was of those that were ever found
+    return float(-np.diff(recall) @ np.maximum.accumulate(precision[:-1]))
 
 
 def compare(options: argparse.Namespace, device: torch.device) -> None:
@@ -269,26 +274,11 @@ def compare(options: argparse.Namespace, device: torch.device) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     # Here, as whoever imports the pyramid need not have what comes with the scenes.
-    from train_upsampler import UserError, choose_device, integer
+    from scenes import comparison
+    from train_upsampler import run_program
 
-    parser = argparse.ArgumentParser(prog="torchvision_fpn", description=__doc__.splitlines()[0])
-    parser.add_argument("--upsamplers", nargs="+", choices=UPSAMPLERS, default=list(UPSAMPLERS))
-    parser.add_argument("--steps", type=partial(integer, low=1), default=STEPS, help=f"of each; {STEPS} by default")
-    parser.add_argument(
-        "--images", type=partial(integer, low=1), default=IMAGES, help=f"held-out scenes, {IMAGES} by default"
-    )
-    parser.add_argument("--seed", type=partial(integer, low=0), default=0, help="of weights and scenes, 0 by default")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    options = parser.parse_args(arguments)
-    try:
-        compare(options, choose_device(options.device))
-    except UserError as mistake:
-        print(f"torchvision_fpn: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("torchvision_fpn: stopped", file=sys.stderr)
-        return 130
-    return 0
+    parser = comparison("torchvision_fpn", __doc__.splitlines()[0], UPSAMPLERS, STEPS, IMAGES)
+    return run_program(compare, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -648,8 +648,7 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def train_all(options: argparse.Namespace) -> None:
-    device = choose_device(options.device)
+def train_all(options: argparse.Namespace, device: torch.device) -> None:
     prepare(options.out)
     key = {"settings": settings(options.steps), "machine": machine(device)}
     setup = Setup(options.out, device, Pictures.load(), key)
@@ -678,6 +677,30 @@ def integer(text: str, low: int) -> int:
     return int(text)
 
 
+def run_program(
+    program: Callable[[argparse.Namespace, torch.device], None],
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    stopped: str = "stopped",
+) -> int:
+    """Run a program on its options and device: 0, or a line on stderr and the exit status of what went wrong."""
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    options = parser.parse_args(arguments)
+    try:
+        program(options, choose_device(options.device))
+        sys.stdout.flush()
+    except UserError as mistake:
+        print(f"{parser.prog}: error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: {stopped}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read has left, as `head` does; files are written before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
+        return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train_upsampler", description=__doc__.splitlines()[0])
     parser.add_argument("--scales", type=int, nargs="+", choices=SCALES, default=[2, 4, 8], help="of the upsampling")
@@ -689,21 +712,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("dlu_train"), help="folder of the results, dlu_train by default"
     )
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    options = parser.parse_args(arguments)
-    try:
-        train_all(options)
-        sys.stdout.flush()
-    except UserError as mistake:
-        print(f"train_upsampler: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train_upsampler: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read has left, as `head` does; files are written before
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written at the exit
-        return 1
-    return 0
+    return run_program(train_all, parser, arguments, "stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

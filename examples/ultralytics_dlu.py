@@ -14,20 +14,26 @@ Ultralytics is under AGPL-3.0, and so is what is derived from it; none of its co
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     import yaml
 
     import dlu_triton
 except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    raise SystemExit(f"ultralytics_dlu: error: {error}; pip install dlu-triton ultralytics") from None
+    advice = f"{error}; pip install dlu-triton ultralytics"
+    if __name__ == "__main__":
+        sys.exit(f"ultralytics_dlu: error: {advice}")
+    raise ImportError(advice) from error
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["register", "write_yaml"]
 
@@ -141,10 +147,11 @@ def offline(folder: Path) -> None:
     (settings / "Arial.ttf").write_bytes(font.read_bytes())
 
 
-def run(options: argparse.Namespace) -> None:
-    from train_upsampler import UserError, choose_device, prepare
+def run(options: argparse.Namespace, device: torch.device) -> None:
+    from train_upsampler import UserError, prepare
 
-    device = choose_device(options.device)
+    if importlib.util.find_spec("ultralytics") is None:  # not imported before it is told to be offline
+        raise UserError("there is no ultralytics; pip install ultralytics")
     out = options.out.resolve()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{options.out} is not empty: choose another --out, or delete it")
@@ -197,7 +204,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from train_upsampler import UserError, integer
+    from train_upsampler import integer, run_program
 
     parser = argparse.ArgumentParser(prog="ultralytics_dlu", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help=f"a YAML whose upsampling is replaced, such as yolo11n.yaml; else {MODEL.name}")
@@ -206,17 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, count in (("--images", IMAGES), ("--held-out-images", HELD_OUT_IMAGES)):
         parser.add_argument(name, type=partial(integer, low=1), default=count, help=f"{count} by default")
     parser.add_argument("--out", type=Path, default=Path("dlu_yolo"), help="a new folder, dlu_yolo by default")
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except UserError as mistake:
-        print(f"ultralytics_dlu: error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ultralytics_dlu: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(run, parser, arguments)
 
 
 if __name__ == "__main__":

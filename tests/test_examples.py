@@ -293,7 +293,10 @@ def test_average_precision_by_hand(fpn):
     scores, hits = torch.tensor([0.1, 0.9, 0.5, 0.7]), torch.tensor([False, True, True, False])
     assert fpn.average_precision(scores, hits, 4) == pytest.approx((1 + 2 / 3) / 4)
     assert fpn.average_precision(scores, ~hits, 2) == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert fpn.average_precision(scores, torch.zeros(4, dtype=torch.bool), 4) == 0
     assert fpn.average_precision(scores[:0], hits[:0], 4) == 0
+    # Wrong, then two right: either has the precision at full recall, which is the best there is.
+    assert fpn.average_precision(scores[1:], torch.tensor([False, True, True]), 2) == pytest.approx(2 / 3)
 
 
 def test_torchvision_program(fpn, capsys):
@@ -367,26 +370,24 @@ def test_mistakes_with_the_head(segformer):
         segformer.SegFormerHead(WIDTHS, 8, 5)(x)
 
 
-def test_intersection_over_union_by_hand(segformer):
-    counts = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # 8 pixels of class 0, 4 of class 1, none of class 2
-    found = segformer.intersection_over_union(counts)
-    torch.testing.assert_close(found[:2], torch.tensor([6 / 9, 3 / 6], dtype=torch.float64))
-    assert found[2].isnan()
-
-
-def test_pixels_are_counted_by_their_class(segformer, scenes):
-    """A network that always answers 3: all background pixels are counted as taken for 3."""
+def test_intersection_over_union_by_hand(segformer, scenes):
+    """A network that takes every pixel for class 3: of the other classes that are there, nothing is found."""
 
     class Three(torch.nn.Module):
         def forward(self, pixels):
             return F.one_hot(torch.full(pixels[:, 0].shape, 3), 11).permute(0, 3, 1, 2)
 
-    source = scenes.Scenes(held_out=True)
-    counts = segformer.evaluate(Three(), source, 3, torch.device("cpu"))
+    source, images = scenes.Scenes(held_out=True), 3
     generator = torch.Generator().manual_seed(segformer.HELD_OUT_SEED)
-    masks = torch.cat([segformer.draw(source, 1, generator)[1].flatten() for _ in range(3)])
-    assert torch.equal(counts[:, 3], masks.bincount(minlength=11))
-    assert counts.sum() == len(masks)
+    pixels = torch.cat([segformer.draw(source, 1, generator)[1].flatten() for _ in range(images)]).bincount(
+        minlength=11
+    )
+    share = pixels[3].item() / pixels.sum().item()
+    assert share > 0
+    present = pixels.count_nonzero().item()  # background among them
+    assert present < 11  # what is nowhere does not count
+    found = segformer.evaluate(Three(), source, images, torch.device("cpu"))
+    assert found == pytest.approx((share / present, share / (present - 1)))
 
 
 def test_segmentation_program(segformer, capsys):
@@ -592,6 +593,60 @@ def test_folder_that_is_not_empty(yolo, capsys, tmp_path):
     assert yolo.main(["--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "is not empty: choose another --out, or delete it" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+NEEDED = [("torchvision_fpn", "torchvision.models"), ("segformer_head", "dlu_triton"), ("ultralytics_dlu", "yaml")]
+ADVICE = {name: "pip install dlu-triton" for name, _ in NEEDED}
+ADVICE["torchvision_fpn"] += " torchvision"
+ADVICE["ultralytics_dlu"] += " ultralytics"
+
+
+@pytest.mark.parametrize(("name", "missing"), NEEDED)
+def test_imports_without_a_package(name, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    spec = importlib.util.spec_from_file_location(f"_bare_{name}", EXAMPLES / f"{name}.py")
+    with pytest.raises(ImportError, match=rf"{missing.split('.')[0]}\b.*; {ADVICE[name]}$") as raised:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert isinstance(raised.value.__cause__, ImportError)
+
+
+RUN = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+sys.modules[sys.argv[3]] = None
+sys.argv[:] = [f"{sys.argv[1]}/{sys.argv[2]}.py", "--device", "cpu"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "line"),
+    [(name, missing, rf"{name}: error: .*{missing.split('.')[0]}\b.*; {ADVICE[name]}") for name, missing in NEEDED]
+    + [
+        ("ultralytics_dlu", "ultralytics", "ultralytics_dlu: error: there is no ultralytics; pip install ultralytics"),
+        ("segformer_head", "skimage", r'train_upsampler: error: .*skimage.*; pip install "dlu-triton\[examples\]"'),
+    ],
+)
+def test_programs_without_a_package(name, missing, line, tmp_path):
+    if name == "ultralytics_dlu":
+        needs("yaml")
+    command = [sys.executable, "-c", RUN, EXAMPLES, name, missing]
+    environment = {**os.environ, "PYTHONPATH": str(Path(dlu_triton.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = [each for each in done.stderr.splitlines() if not each.startswith("W")]  # warnings, of torch
+    assert len(said) == 1, done.stderr
+    assert re.fullmatch(line, said[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_that_are_stopped(program, capsys, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run" if program.__name__ == "ultralytics_dlu" else "compare", stopped)
+    assert program.main(["--device", "cpu"]) == 130
+    assert capsys.readouterr().err == f"{program.__name__}: stopped\n"
 
 
 @pytest.mark.parametrize(("name", "package"), PROGRAMS.items())

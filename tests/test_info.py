@@ -169,7 +169,7 @@ def test_the_compiler_is_that_of_triton(there, named, expected, monkeypatch, tmp
 
 def test_settings(values, monkeypatch):
     before = torch.get_float32_matmul_precision()
-    for name in _info.VARIABLES:
+    for name in ("TRITON_INTERPRET", *_info.VARIABLES):
         monkeypatch.delenv(name, raising=False)
     found = values()
     assert found["environment"] == "nothing that matters"

@@ -110,20 +110,10 @@ def test_layers_are_built_from_configs(layer, up_group, device):
         assert torch.equal(built(x, output_size=(5, 3)), ours(x, output_size=(5, 3)))
 
 
-def test_arguments_by_keyword():
+def test_layer_from_all_official_arguments():
     layer = build_upsample_layer({"type": "dlu", "channels": 256, "scale_factor": 2, **UPSAMPLER})
     assert (layer.channels, layer.scale_factor, layer.up_kernel, layer.compressed_channels) == (256, 2, 5, 64)
     assert sum(parameter.numel() for parameter in layer.parameters()) == 35_489
-
-
-def test_config_of_the_page():
-    """Without what it is based on, which mmdetection has."""
-    page = ROOT.joinpath("docs", "openmmlab.md").read_text()
-    (indented,) = (text for text in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE) if "_base_" in text)
-    lines = [line for line in textwrap.dedent(indented).splitlines(True) if not line.startswith("_base_")]
-    neck = MODELS.build(Config.fromstring("".join(lines).replace("_delete_=True,", ""), ".py").model.neck)
-    assert isinstance(neck, openmmlab.UNIFIED_FPN)
-    assert {type(module) for module in neck.upsample_modules} == {openmmlab.DLUPack}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -481,7 +471,6 @@ def test_config_files_plug_it_in(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     code = f"""
 import sys
-import textwrap
 from mmengine.config import Config
 from mmengine.registry import MODELS
 assert MODELS.get("UNIFIED_FPN") is None and "dlu_triton" not in sys.modules
@@ -492,6 +481,25 @@ print(type(neck), type(neck.upsample_modules[0]))
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"<class '{NAME}.UNIFIED_FPN'> <class '{NAME}.DLUPack'>\n"
+
+
+def test_config_of_the_page(tmp_path):
+    """That of a detector without such a neck, but for its base, which comes with mmdetection."""
+    blocks = re.findall(r"^(?: {4}.*\n)+", ROOT.joinpath("docs", "openmmlab.md").read_text(), re.MULTILINE)
+    (block,) = (textwrap.dedent(each) for each in blocks if "_base_" in each)
+    base, text = block.split("\n", 1)
+    assert base.startswith("_base_ = ")
+    (tmp_path / "config.py").write_text(text)
+    cfg = Config.fromfile(tmp_path / "config.py")
+    assert cfg.custom_imports.imports == [NAME]
+    neck = cfg.model.neck
+    assert neck.pop("_delete_")  # for the base's own neck, which mmengine replaces
+    neck = MODELS.build(neck)
+    assert type(neck) is openmmlab.UNIFIED_FPN
+    assert [type(each) for each in neck.upsample_modules] == [openmmlab.DLUPack] * 4
+    sizes = {256: (9, 11), 512: (5, 6), 1024: (3, 3), 2048: (2, 2)}
+    outputs = neck([torch.randn(1, channels, *size) for channels, size in sizes.items()])
+    assert [tuple(output.shape) for output in outputs] == [(1, 256, *size) for size in (*sizes.values(), (1, 1))]
 
 
 def test_runner_trains_and_saves(tmp_path, monkeypatch):

@@ -379,3 +379,29 @@ def test_empty_batch(device):
     output.backward(torch.empty_like(output))
     assert output.shape == (0, 4, 5, 7)
     assert features.grad.shape == features.shape
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("module", (DLUPack, CARAFEPack))
+def test_traces_fix_it(module, device):
+    """As the page on what works with what says; other sizes of the input alone are followed."""
+
+    class Like(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pack = module(2, 2, up_kernel=3, compressed_channels=4)
+
+        def forward(self, coarse, fine):
+            return self.pack(coarse, output_size=fine.shape[-2:])
+
+    torch.manual_seed(0)
+    like = Like().to(device)
+    small = torch.randn(1, 2, 2, 3, device=device), torch.randn(1, 1, 3, 5, device=device)
+    large = torch.randn(1, 2, 3, 4, device=device), torch.randn(1, 1, 5, 7, device=device)
+    with torch.no_grad():
+        traced = torch.jit.trace(like, small, check_trace=False)
+        assert like(*large).shape == (1, 2, 5, 7)
+        assert traced(*large).shape == (1, 2, 3, 5)
+        torch.testing.assert_close(traced(*large), like(*large)[..., :3, :5])
+        whole = torch.jit.trace(like.pack, small[:1], check_trace=False)
+        torch.testing.assert_close(whole(large[0]), like.pack(large[0]))

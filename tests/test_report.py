@@ -156,7 +156,7 @@ def test_not_measured_yet(root, drawn):
         assert command in block(root, name)
     assert "![" not in block(root, "gpu")
     assert not root.joinpath("docs", "plots").exists()
-    assert "**Speed on a GPU: not measured yet.**" in block(root, "gpu-short")
+    assert "**Speed on a GPU: not measured. No kernel has run on a GPU yet: " in block(root, "gpu-short")
     for page in report.PAGES:
         text = root.joinpath(page).read_text()
         assert text.startswith("Before\n")

@@ -607,7 +607,7 @@ def test_arguments_that_are_none(arguments, message, capsys):
 
 
 def test_output_that_nobody_reads(monkeypatch):
-    def left(options):
+    def left(options, device):
         raise BrokenPipeError
 
     monkeypatch.setattr(example, "train_all", left)
