@@ -202,28 +202,31 @@ class _Explainer:
         return _capture.planes(shape, image, self._grid, self._layout)
 
 
+_ARGUMENTS = inspect.cleandoc(_Explainer.__doc__ or "")  # which `python -OO` leaves out
+
+
 class XGradCAM(_Explainer):
-    __doc__ = f"XGrad-CAM (arXiv 2008.02312).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
+    __doc__ = f"XGrad-CAM (arXiv 2008.02312).\n\n{_ARGUMENTS}"
     _method = "xgradcam"
 
 
 class GradCAM(_Explainer):
-    __doc__ = f"Grad-CAM (arXiv 1610.02391).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
+    __doc__ = f"Grad-CAM (arXiv 1610.02391).\n\n{_ARGUMENTS}"
     _method = "gradcam"
 
 
 class GradCAMPlusPlus(_Explainer):
-    __doc__ = f"Grad-CAM++ (arXiv 1710.11063).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
+    __doc__ = f"Grad-CAM++ (arXiv 1710.11063).\n\n{_ARGUMENTS}"
     _method = "gradcam++"
 
 
 class HiResCAM(_Explainer):
-    __doc__ = f"HiResCAM (arXiv 2011.08891).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
+    __doc__ = f"HiResCAM (arXiv 2011.08891).\n\n{_ARGUMENTS}"
     _method = "hirescam"
 
 
 class LayerCAM(_Explainer):
-    __doc__ = f"LayerCAM (Jiang et al., TIP 2021).\n\n{inspect.cleandoc(_Explainer.__doc__)}"
+    __doc__ = f"LayerCAM (Jiang et al., TIP 2021).\n\n{_ARGUMENTS}"
     _method = "layercam"
 
 

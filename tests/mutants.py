@@ -395,7 +395,7 @@ MUTANTS = (
     ),
     Mutant(
         "a CPU's compiler computes what is cut off", GRAPH,
-        "((side + scale_factor - 1) // scale_factor for side in output_size)", "source.shape[2:]",
+        "x if output_size is None or not _fused() else", "x if True else",
         ("test_output_size.py::test_compiled_on_a_cpu",),
     ),
     Mutant(

@@ -280,6 +280,11 @@ def test_cpu_tensors_take_the_eager_path_unless_interpreted(interpret, path):
     assert process.stdout.strip() == path, process.stderr
 
 
+def test_import_needs_no_docstrings():
+    process = run("-OO", "-c", "import dlu_triton; assert dlu_triton.XGradCAM")
+    assert process.returncode == 0, process.stderr
+
+
 def test_import_is_quiet_and_touches_no_device():
     script = (
         "import torch\n"

@@ -27,9 +27,9 @@ def carafe(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe`."""
-    rows, cols = _read(features, output_size, scale_factor)
     if output_size is not None:
-        masks = _resized(masks, scale_factor * rows, scale_factor * cols)
+        sides = _sources(output_size, scale_factor) if _fused() else features.shape[2:]
+        masks = _resized(masks, *(scale_factor * side for side in sides))
     kernels = _beside(F.pixel_unshuffle(masks, scale_factor), group_size, kernel_size, scale_factor)
     return _reassemble(features, kernels, group_size, scale_factor, output_size)
 
@@ -43,8 +43,7 @@ def carafe_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.carafe_upsample`."""
-    if output_size is not None and _fused():
-        logits = _resized(logits, *_read(features, output_size, scale_factor))
+    logits = _with_outputs(logits, output_size, scale_factor)
     kernels = _beside(logits, groups, kernel_size, scale_factor).softmax(dim=1)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
 
@@ -59,8 +58,7 @@ def expand_kernels(
 ) -> Tensor:
     """See `dlu_triton.expand_kernels`."""
     n, c, _, _ = kernel_space.shape
-    if output_size is not None and _fused():
-        offsets = _resized(offsets, *_read(kernel_space, output_size, scale_factor))
+    offsets = _with_outputs(offsets, output_size, scale_factor)
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     masks = F.pixel_shuffle(kernels.reshape(n, c * scale_factor**2, *offsets.shape[2:]), scale_factor)
     return _laid_out_as(kernel_space, _cut(masks, output_size))
@@ -76,8 +74,7 @@ def dlu_upsample(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     """See `dlu_triton.dlu_upsample`."""
-    if output_size is not None and _fused():
-        offsets = _resized(offsets, *_read(features, output_size, scale_factor))
+    offsets = _with_outputs(offsets, output_size, scale_factor)
     kernels = _sample(kernel_space, offsets, scale_factor, kernel_size, groups)
     return _reassemble(features, kernels, groups, scale_factor, output_size)
 
@@ -127,20 +124,21 @@ def _reassemble(
     n, c, _, _ = features.shape
     h, w = kernels.shape[3:]
     k, s = math.isqrt(kernels.shape[1]), scale_factor
-    wide, border = features.to(kernels.dtype), k // 2
-    if output_size is not None and _fused():  # with the border around it, of zeros outside the image
-        wide, border = _resized(F.pad(wide, [k // 2] * 4), h + 2 * (k // 2), w + 2 * (k // 2)), 0
+    wide = features.to(kernels.dtype)
     if _fused():
-        windows = F.pad(wide, [border] * 4).unfold(2, k, 1).unfold(3, k, 1)  # a view
+        wide = F.pad(wide, [k // 2] * 4)
+        if output_size is not None:  # no more than is read
+            wide = _resized(wide, h + k - 1, w + k - 1)
+        windows = wide.unfold(2, k, 1).unfold(3, k, 1)  # a view
         windows = windows.unflatten(1, (groups, c // groups))[:, :, :, :, None, :, None]
         taps = kernels.reshape(n, groups, 1, k, k, s, s, h, w).permute(0, 1, 2, 7, 5, 8, 6, 3, 4)
         sums = (windows * taps).sum((7, 8))  # (N, G, C/G, H, s, W, s)
         return _laid_out_as(features, _cut(sums.reshape(n, c, s * h, s * w), output_size))
-    grouped = wide.reshape(n * groups, c // groups, *wide.shape[2:])
+    grouped = wide.reshape(n * groups, c // groups, h, w)
     identity = torch.eye(k * k, dtype=kernels.dtype, device=kernels.device).view(k * k, 1, k, k, 1)
     pixels = grouped.permute(0, 2, 3, 1).unsqueeze(1)
-    windows = F.conv3d(pixels, identity, padding=(border, border, 0))  # (N*G, k*k, H', W', C/G)
-    sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H', W', s*s, C/G)
+    windows = F.conv3d(pixels, identity, padding=(k // 2, k // 2, 0))  # (N*G, k*k, H, W, C/G)
+    sums = kernels.permute(0, 3, 4, 2, 1) @ windows.permute(0, 2, 3, 1, 4)  # (N*G, H, W, s*s, C/G)
     beside = sums.permute(0, 4, 3, 1, 2).reshape(n, c * s**2, h, w)
     return _laid_out_as(features, _cut(F.pixel_shuffle(beside, s), output_size))
 
@@ -151,12 +149,14 @@ def _fused() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
-def _read(source: Tensor, output_size: Sequence[int] | None, scale_factor: int) -> tuple[int, int]:
-    """How many of the first rows and columns of the source are to be read."""
-    if output_size is None or not _fused():
-        return source.shape[2], source.shape[3]
-    rows, cols = ((side + scale_factor - 1) // scale_factor for side in output_size)
-    return rows, cols
+def _sources(output_size: Sequence[int], scale_factor: int) -> list[int]:
+    """How many of the first rows and columns of the source have outputs."""
+    return [(side + scale_factor - 1) // scale_factor for side in output_size]
+
+
+def _with_outputs(x: Tensor, output_size: Sequence[int] | None, scale_factor: int) -> Tensor:
+    """What the source pixels that have outputs say of them; where nothing is fused all."""
+    return x if output_size is None or not _fused() else _resized(x, *_sources(output_size, scale_factor))
 
 
 def _cut(x: Tensor, output_size: Sequence[int] | None) -> Tensor:

@@ -49,7 +49,7 @@ def _forward_launch(
     n, c, h, w = features.shape
     channels_last = _launch.channels_innermost(features)
     tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last)
-    tiles_h, tiles_w = _tiles(output.shape[2:], tile)
+    tiles_h, tiles_w = tiles(output.shape[2:], tile)
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
     slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
     layout = _launch.feature_layout(features)
@@ -179,7 +179,7 @@ def _backward_kernels_launch(
         warps = 8  # four spill
     # Gradients of logits and offsets are zero where outputs are cut off.
     whole = logits or grad_offsets is not None
-    tiles_h, tiles_w = _tiles((scale_factor * h, scale_factor * w) if whole else grad_output.shape[2:], tile)
+    tiles_h, tiles_w = tiles((scale_factor * h, scale_factor * w) if whole else grad_output.shape[2:], tile)
     block = _launch.channel_block(channels, c // groups)
     layout, grad_layout = _launch.map_layout(features, 2), _launch.map_layout(grad_output, tile.BLOCK_W)
     arguments = (
@@ -211,6 +211,6 @@ def _taps(kernels: Tensor | None, offsets: Tensor | None, groups: int) -> tuple[
     return _launch.pointer_and_group_strides(kernels, groups)
 
 
-def _tiles(size: Sequence[int], tile: _launch.Tile) -> tuple[int, int]:
+def tiles(size: Sequence[int], tile: _launch.Tile) -> tuple[int, int]:
     """That cover so many rows and columns."""
     return _launch.cdiv(size[0], tile.BLOCK_H), _launch.cdiv(size[1], tile.BLOCK_W)

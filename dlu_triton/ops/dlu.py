@@ -166,7 +166,7 @@ def _sampling_launch(
     """By tiles that cover so many rows and columns."""
     n, groups, h, w, taps = space.shape
     tile = _launch.output_tile(scale_factor, kernel_size, masks.dtype.itemsize)
-    tiles_h, tiles_w = _launch.cdiv(covered[0], tile.BLOCK_H), _launch.cdiv(covered[1], tile.BLOCK_W)
+    tiles_h, tiles_w = _reassembly.tiles(covered, tile)
     constants = dict(
         SCALE=scale_factor, KERNEL=kernel_size, TAPS=taps, BLOCK_H=tile.BLOCK_H, BLOCK_W=tile.BLOCK_W,
         INDEX=_launch.index_dtype(*tensors),
