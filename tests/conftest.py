@@ -1,5 +1,9 @@
-"""The same tests run interpreted on a CPU and compiled on a GPU."""
+"""The same tests run interpreted on a CPU, compiled on a GPU, and with `--emulate sm_90` as compiled, on a CPU.
 
+INTERPRETED, EMULATED and ON_CPU, either of them, are known from `pytest_configure` on, before tests are collected.
+"""
+
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -7,10 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-if not torch.cuda.is_available():
-    # Read when Triton is imported, so before dlu_triton. With 0, test_ways.py runs as where there is neither.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = EMULATED = ON_CPU = False
 
 with torch.device("meta"):  # which looks once for the functions it changes: before some of them are poisoned
     torch.empty(0)
@@ -18,11 +19,32 @@ with torch.device("meta"):  # which looks once for the functions it changes: bef
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what is marked long, and many more random cases")
+    parser.addoption("--emulate", metavar="TARGET", help="run kernels as compiled for sm_90, say, emulated on a CPU")
+    parser.addoption("--shuffle", metavar="SEED", type=int, help="with --emulate: blocks and additions in such orders")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Random cases: always the same few, or with --long many others, which can be had again by --hypothesis-seed."""
-    long = config.getoption("--long")
+    global INTERPRETED, EMULATED, ON_CPU
+    target = config.getoption("--emulate")
+    if target:
+        os.environ["TRITON_INTERPRET"] = "0"
+    elif not torch.cuda.is_available():
+        # Read when Triton is imported, so before dlu_triton. With 0, test_ways.py runs as where there is neither.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    INTERPRETED, EMULATED = os.environ.get("TRITON_INTERPRET", "0") == "1", target is not None
+    ON_CPU = INTERPRETED or EMULATED
+    if target:
+        import emulator  # imports Triton
+
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        report = stack.enter_context(emulator.running(target, shuffle=config.getoption("--shuffle")))
+        report.raises.update(emulator.findings.KINDS)
+    _choose_random_cases(config.getoption("--long"))
+
+
+def _choose_random_cases(long: bool) -> None:
+    """Always the same few, or with --long many others, which can be had again by --hypothesis-seed."""
     settings.register_profile(
         "long" if long else "default",
         max_examples=200 if long else 8 if INTERPRETED else 3,  # on a GPU each size of kernel and scale is compiled
@@ -70,6 +92,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device
     if request.param == "kernels":
         return device
     monkeypatch.setattr("dlu_triton._launch.INTERPRETED", False)
+    monkeypatch.setattr("dlu_triton._launch.runs_kernels", lambda x: isinstance(x, torch.Tensor) and not x.is_cpu)
     return torch.device("cpu")
 
 
@@ -86,11 +109,58 @@ def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
-@pytest.fixture(autouse=INTERPRETED)
-def checked_addresses() -> Iterator[set]:
-    """Interpreted kernels reach nothing but elements of their arguments. What they have stored to."""
-    import addresses  # imports Triton
-    import interpreting
+@pytest.fixture
+def guarded_allocations(monkeypatch: pytest.MonkeyPatch, poisoned_allocations: None) -> Iterator[None]:
+    """Tensors made from here on lie between elements that nothing writes to: a GPU shows no more of its addresses."""
+    from dlu_triton import _launch
 
-    with interpreting.spared(), addresses.checked() as stores:
-        yield stores
+    beside, guard, made = 64, 77.0, []
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def guarded(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.new_full((tensor.numel() + 2 * beside,), guard)
+        made.append(storage)
+        return storage.as_strided(tensor.shape, tensor.stride(), beside).copy_(tensor)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: guarded(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: guarded(empty_like(*args, **kwargs)))
+
+    def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, inside: object) -> torch.Tensor:
+        """Not inside another tensor, of whose storage it would take the guards as well."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(_launch, "scratch", scratch)
+    yield
+    assert made
+    for storage in made:
+        assert (torch.cat([storage[:beside], storage[-beside:]]) == guard).all(), "stored outside of a tensor"
+
+
+@pytest.fixture(autouse=True)
+def checked_addresses() -> Iterator[set | None]:
+    """Interpreted and emulated kernels reach nothing but elements of their arguments, and emulated ones do not race.
+    What they have stored to, as (kernel, argument); None on a GPU, where nothing is checked."""
+    if EMULATED:
+        from emulator import state
+
+        state.report.stores.clear()
+        before = {key: each.count for key, each in state.report.findings.items()}
+        yield state.report.stores
+        new = [each.message for key, each in state.report.findings.items() if each.count > before.get(key, 0)]
+        assert not new, "\n".join(new)
+    elif INTERPRETED:
+        import addresses  # imports Triton
+        import interpreting
+
+        with interpreting.spared(), addresses.checked() as stores:
+            yield stores
+    else:
+        yield None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if EMULATED:
+        from emulator import state
+
+        terminalreporter.section(f"emulated for {config.getoption('--emulate')}")
+        terminalreporter.write_line(str(state.report))

@@ -1,0 +1,127 @@
+"""Barriers and fences deleted from compiled kernels, one at a time, are missed: by the emulator, or by nobody."""
+
+import copy
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import emulator
+import pytest
+import torch
+from conftest import INTERPRETED
+from emulator.findings import AsyncHazard, SharedRace
+
+import dlu_triton
+from dlu_triton import _verify
+
+if INTERPRETED:
+    pytest.skip("checks compiled kernels: --emulate sm_90, or on a GPU", allow_module_level=True)
+
+# Loops over channels run more than once: at the start of a loop that runs once a barrier has nothing to separate.
+CASE = replace(next(case for case in _verify.CASES if case.name == "groups"), channels=400, height=3, width=3)
+
+
+@dataclass
+class Recorded:
+    """A launch, and what of its kernel was executed."""
+
+    arguments: tuple
+    barriers: list[int]  # blocks of code that they end
+    lines: set[int]
+
+    @property
+    def program(self) -> emulator.Program:
+        return self.arguments[0]
+
+    def run(self, program: emulator.Program, **options) -> list[torch.Tensor]:
+        """The arguments after another launch of this program; they are put back."""
+        tensors = [value.detach() for _, value in self.arguments[5] if isinstance(value, torch.Tensor)]
+        before = [x.clone() for x in tensors]
+        report = emulator.Report(raises=set(emulator.findings.KINDS))
+        try:
+            emulator.Launch(program, *self.arguments[1:6], report, emulator.Options(**options)).run()
+            return [x.clone() for x in tensors]
+        finally:
+            for x, old in zip(tensors, before, strict=True):
+                x.copy_(old)
+
+
+@functools.cache
+def recorded(target: str) -> list[Recorded]:
+    """Of dlu_upsample, bfloat16, forward and backward."""
+    launches = []
+
+    class Recording(emulator.Launch):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            launches.append(arguments)
+
+    inputs = _verify.inputs("dlu_upsample", CASE, torch.bfloat16, "cpu")
+    grad_output = inputs.pop("grad_output")
+    for x in inputs.values():
+        x.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, emulator.running(target, counters=True) as report:
+        patch.setattr(emulator.driver, "Launch", Recording)
+        dlu_triton.dlu_upsample(**inputs, scale_factor=2, kernel_size=3, groups=4).backward(grad_output)
+    assert not report.findings
+    found = []
+    for arguments, counters in zip(launches, report.counters, strict=True):
+        reached, program = counters.reached, arguments[0]
+        lines = {line for block, warps in zip(program.counted, reached, strict=True) if warps for line, *_ in block}
+        found.append(Recorded(arguments, [block for block in program.barriers if reached[block]], lines))
+    return found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_each_barrier_is_needed(target: str):
+    """Without it there is a race; or else warps may run in any order, and the results are the same bits."""
+    deletions = [(launch, barrier) for launch in recorded(target) for barrier in launch.barriers]
+    harmless = 0
+    for launch, barrier in deletions:
+        program = copy.copy(launch.program)
+        program.barriers = {block: text for block, text in program.barriers.items() if block != barrier}
+        try:
+            launch.run(program)
+        except SharedRace:
+            continue
+        harmless += 1
+        for apart in () if program.uses_wgmma else (1, -1):  # wgmma takes four warps at once
+            expected = launch.run(launch.program, apart=apart)
+            for found, wanted in zip(launch.run(program, apart=apart), expected, strict=True):
+                assert torch.equal(found, wanted), launch.program.barriers[barrier]
+    assert harmless <= len(deletions) // 20  # one in softmax_backward, where warps reuse places of their own
+
+
+def orders(launch: Recorded) -> Iterator[tuple[str, int, emulator.Program]]:
+    """What orders wgmma, with its line, and the kernel without it."""
+    text = launch.program.text
+    for found in re.finditer(r"^\s*(wgmma\.(?:fence|commit|wait)|fence\.proxy).*\n", text, re.M):
+        line = text.count("\n", 0, found.start(1)) + 1
+        if line in launch.lines:
+            yield found[1], line, emulator.Program(text[: found.start()] + "\n" + text[found.end() :])
+
+
+@pytest.mark.parametrize("kernels", [1, pytest.param(9, marks=pytest.mark.long)])
+def test_what_orders_wgmma_is_needed(kernels: int):
+    """Except of products in a row: then one does for several."""
+    launches = [launch for launch in recorded("sm_90") if launch.program.uses_wgmma]
+    assert launches
+    for launch in launches[:kernels]:
+        lines = launch.program.text.split("\n")
+        missed = set()
+        for form, line, program in orders(launch):
+            try:
+                launch.run(program)
+            except AsyncHazard:
+                missed.add(form)
+                continue
+            before = [n for n, each in enumerate(lines, 1) if form in each and n < line]
+            after = [n for n, each in enumerate(lines, 1) if form in each and n > line]
+            if form == "wgmma.fence":  # only `mov` has touched the accumulators since an earlier one
+                assert before, lines[line - 1]
+                continue
+            start, end = (before[-1], line) if form == "fence.proxy" else (line, after[0])
+            stores = re.findall(r"st\.shared|stmatrix", "\n".join(lines[start:end]))
+            assert not stores, lines[line - 1]  # so the one before, or after, does for both
+        assert missed == {"wgmma.fence", "wgmma.commit", "wgmma.wait", "fence.proxy"}
