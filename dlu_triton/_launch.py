@@ -230,6 +230,19 @@ def warps_for(kernel_size: int, outputs: int = 0) -> int:
     return 4 if kernel_size <= 5 and outputs < 128 else 8
 
 
+def operand_bytes() -> int:
+    """Of shared memory, what the operands that a program keeps there may take on the current GPU: three quarters."""
+    if INTERPRETED:
+        return 2**20
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"] * 3 // 4
+
+
+def operand_size(itemsize: int) -> int:
+    """Bytes of an element of an operand: float32 has two TF32 parts."""
+    return 8 if itemsize == 4 else itemsize
+
+
 def options(warps: int, registers: int | None = None) -> dict[str, int]:
     """Launch options."""
     return {"num_warps": warps, "num_stages": 1, **(most_registers(registers) if registers else {})}
@@ -258,14 +271,15 @@ FORWARD_TILES = {
 }
 
 
-@cache
 def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> tuple[Tile, int]:
     """Tile and warps of the forward pass. Windows start at even columns and are even in width, to load pairs."""
-    entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor)) if kernel_size == 5 else None
-    if entry is None:
-        return output_tile(scale_factor, kernel_size, itemsize), warps_for(kernel_size)
-    block_h, block_w, block_q, warps = entry
-    return Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q), warps
+    entry, most_bytes = FORWARD_TILES.get((itemsize, channels_last, scale_factor)), operand_bytes()
+    if entry is not None and kernel_size == 5:
+        block_h, block_w, block_q, warps = entry
+        tile = Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q)
+        if band_bytes(tile, itemsize) <= most_bytes:
+            return tile, warps
+    return output_tile(scale_factor, kernel_size, itemsize, most_bytes), warps_for(kernel_size)
 
 
 def runs(scale_factor: int, itemsize: int, block_w: int) -> tuple[int, int]:
@@ -284,9 +298,16 @@ def _piece(pixels: int, itemsize: int) -> int:
     return max(16, min(128 if itemsize == 2 else 64, power_of_2(pixels)))
 
 
+def band_bytes(tile: Tile, itemsize: int) -> int:
+    """Of shared memory, for the bands of a tile's pieces: the compiler makes all before the loop over channels."""
+    pieces = cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
+    return pieces * tile.BLOCK_Q * tile.BLOCK_H * tile.BLOCK_W * operand_size(itemsize)
+
+
 @cache
-def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
-    """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs."""
+def output_tile(scale_factor: int, kernel_size: int, itemsize: int, most_bytes: float = math.inf) -> Tile:
+    """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs. Its bands take at
+    most so many bytes."""
     most = min(128 if itemsize == 2 else 64, _most_outputs(kernel_size, itemsize))
     tiles = []
     for block_h in (2, 4, 8, 16):
@@ -296,6 +317,8 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int) -> Tile:
                 tiles.append(Tile(block_h, block_w, window_h, window_w, _piece(window_h * window_w, itemsize)))
 
     def cost(tile: Tile) -> float:
+        if band_bytes(tile, itemsize) > most_bytes:
+            return math.inf
         pieces = cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
         per_output = pieces * tile.BLOCK_Q * (1 + 128 / (tile.BLOCK_H * tile.BLOCK_W))  # products, and loads
         return per_output if pieces == 1 else 2 * per_output  # the band is built again for each channel block
@@ -435,7 +458,11 @@ def gather_channels(
     short = itemsize == 2 and run < 4
     if short:  # as many addresses: 256 channels, or 128 in four warps, spill
         block = min(block, 128)
-    while block > 64 and programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4:
+    outputs, most_bytes = tile.strip.BLOCK_H * tile.strip.BLOCK_W, operand_bytes()
+    while block > 64 and (
+        programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4
+        or block * outputs * operand_size(itemsize) > most_bytes
+    ):
         block //= 2
     if short and block == 128:
         return block, 8
@@ -502,6 +529,10 @@ class PlaneTile(NamedTuple):
 
 # Pixels of all partial maps of one map, which every program that finishes it may have to read. Not measured.
 MOST_PARTIAL_PIXELS = 2**16
+
+# Pixels of a map up to which each program that finishes it adds up the partial maps for itself. Beyond, a launch of its
+# own does that first: for 32 maps of 56 x 56 that is 31 + 3 microseconds instead of 45 by counts, see bench/NOTES.md.
+MOST_PIXELS_ADDED_AGAIN = 1024
 
 # Slices, raw pixels and output pixels that a finishing program takes at a time.
 FINISHING_BLOCKS = {"BLOCK_S": 16, "BLOCK_P": 256, "BLOCK_O": 512}

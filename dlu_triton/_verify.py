@@ -242,8 +242,10 @@ def applies(case: Case | CAMCase, operator: str, dtype: torch.dtype) -> bool:
     return operator != "expand_kernels" and dtype not in (torch.float64, case.kernel_dtype)
 
 
-def rows(device: str | torch.device) -> Iterator[tuple[str, torch.dtype, Case | CAMCase, dict[str, Comparison]]]:
-    for operator in (*OPERATORS, CAM):
+def rows(
+    device: str | torch.device, operators: Sequence[str] = (*OPERATORS, CAM)
+) -> Iterator[tuple[str, torch.dtype, Case | CAMCase, dict[str, Comparison]]]:
+    for operator in operators:
         for dtype in DTYPES:
             for case in CAM_CASES if operator == CAM else CASES:
                 if case.gpu_only and torch.device(device).type == "cpu":

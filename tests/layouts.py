@@ -45,6 +45,14 @@ def channel_slice(x):
     return wide[:, 4:-4]
 
 
+def aligned_channels(x):
+    """Channels of a larger channels_last tensor whose pixels begin at multiples of 16 bytes, whatever their number."""
+    n, c, h, w = x.shape
+    wide = x.new_full((n, h, w, (c + 23) // 8 * 8), float("nan")).permute(0, 3, 1, 2)
+    wide[:, 8 : c + 8] = x
+    return wide[:, 8 : c + 8]
+
+
 def transposed(x):
     """Height innermost."""
     return x.transpose(2, 3).contiguous().transpose(2, 3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import channels_last, expanded, scalar, sliced, tokens, transposed
+from test_operators import memory_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlu_triton
@@ -95,7 +96,7 @@ def test_cancellation(library, device):
 @pytest.mark.parametrize("case", _verify.CAM_CASES, **by_name)
 def test_error_against_float64(case, dtype, device):
     if case.gpu_only and device.type == "cpu":
-        pytest.skip("too large for the interpreter")
+        pytest.skip("too large for a CPU")
     if not _verify.applies(case, _verify.CAM, dtype):
         pytest.skip("not a mixture of types")
     for name, found in _verify.compare(_verify.CAM, case, dtype, device).items():
@@ -152,6 +153,22 @@ def test_work_shared_between_programs(large, enough, device, monkeypatch):
         for options in ({}, {"size": (20, 31)}, {"size": (20, 31), "normalize": True}):
             found = dlu_triton.class_activation_parts(a, g, method, **options)
             assert_parts_equal(found, reference.class_activation_parts(a, g, method, **options))
+
+
+def test_partial_maps_are_added_once_for_large_maps(device, monkeypatch):
+    """In a launch of their own, which changes no bit."""
+    finish, calls, found = cam_ops._finish, [], []
+    monkeypatch.setattr(cam_ops, "_finish", lambda *args, **options: calls.append(1) or finish(*args, **options))
+    a, g = planes(1, 40, 33, 32, dtype=torch.float32, device=device)
+    for most in (_launch.MOST_PIXELS_ADDED_AGAIN, 33 * 32):
+        monkeypatch.setattr(_launch, "MOST_PIXELS_ADDED_AGAIN", most)
+        calls.clear()
+        parts = dlu_triton.class_activation_parts(a, g, size=(20, 31), normalize=True)
+        found.append((len(calls), parts))
+    (first, parts), (second, others) = found
+    assert (first, second) == (2, 1)
+    assert torch.equal(parts.map, others.map)
+    assert torch.equal(parts.raw, others.raw)
 
 
 @pytest.mark.parametrize(
@@ -239,15 +256,16 @@ def test_several_classes_of_large_planes(method, device):
 
 @pytest.mark.parametrize("shape", [(33, 5, 7), (5, 40, 33)], ids=str)
 @pytest.mark.parametrize("layout", (torch.Tensor.contiguous, channels_last, sliced), ids=lambda layout: layout.__name__)
-def test_nothing_outside_is_touched(layout, shape, device, checked_addresses):
-    """Every address of every load and store is that of an element, also where its value would be dropped."""
-    if device.type == "cuda":
-        pytest.skip("needs the interpreter")
+def test_nothing_outside_is_touched(layout, shape, device, checked_addresses, guarded_allocations):
+    """Every address of every load and store is that of an element, also where its value would be dropped. On a GPU,
+    which shows no addresses, nothing beside results and arguments changes."""
     a, g = (layout(x) for x in planes(2, *shape, device=device))
+    before = memory_of(a, g)
     dlu_triton.class_activation_parts(a, g, "gradcam++", size=(9, 5), normalize=True)
     dlu_triton.class_activation_map(a, g, "layercam")
     dlu_triton.weighted_activation_map(a, g[..., 0, 0], size=8)
-    assert checked_addresses  # what was stored to
+    assert torch.equal(memory_of(a, g), before)
+    assert checked_addresses != set()  # what was stored to; None on a GPU
 
 
 @LIBRARIES
@@ -344,6 +362,16 @@ def test_constant_maps_are_zero(library, device):
     a = torch.full((1, 1, 3, 3), 0.1, device=device)
     for size in (None, (3, 3), (7, 5), (64, 33)):
         assert library.weighted_activation_map(a, a[:, :, 0, 0], size=size, normalize=True).eq(0).all()
+
+
+def test_an_axis_of_the_same_size_is_not_resized(device):
+    """Of sizes that are not one when multiplied by their reciprocals, in float32."""
+    for rows in (41, 47, 55):
+        a, _ = planes(1, 2, rows, 3, dtype=torch.float32, device=device)
+        weights = torch.ones(1, 2, device=device)
+        found = dlu_triton.weighted_activation_map(a, weights, size=(rows, 6))
+        each = [dlu_triton.weighted_activation_map(a[:, :, y : y + 1], weights, size=(1, 6)) for y in range(rows)]
+        assert torch.equal(found, torch.cat(each, 1))
 
 
 @LIBRARIES

@@ -1,6 +1,7 @@
 """Gradients that are bitwise the same in every run: always for CARAFE, for DLU where PyTorch is asked for it.
 
-In the interpreter programs run one after the other; there each run takes them in another order.
+In the interpreter programs run one after the other; there each run takes them in another order, and so does each
+emulated launch, which also adds to one place in any order.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import random
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import EMULATED, INTERPRETED, ON_CPU
 from selection import long
 
 import dlu_triton
@@ -32,6 +33,10 @@ def deterministic(wanted=True, *, warn_only=False):
 @pytest.fixture
 def reordered(monkeypatch):
     """Every launch runs its programs in an order of its own, as a GPU may."""
+    if EMULATED:
+        import emulator
+
+        monkeypatch.setattr(emulator.state.options, "shuffle", 0)
     if not INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -91,7 +96,7 @@ def test_dlu_repeats_itself_on_request(operator, points, device, reordered):
         assert same_in_all_runs(operator, arguments)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU may happen to repeat its order")
+@pytest.mark.skipif(not ON_CPU, reason="a GPU may happen to repeat its order")
 def test_additions_in_any_order_do_not_repeat_themselves(device, reordered):
     """Without the request; else the tests above would not show anything."""
     arguments = arguments_of("dlu_upsample", torch.float32, device)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import INTERPRETED
+from conftest import INTERPRETED, ON_CPU
 from selection import long
 from test_deterministic import deterministic
 
@@ -541,25 +541,29 @@ def test_taps_of_minus_infinity_are_left_out(operator, name, dtype, path):
     truth = _verify.results(_verify.function(operator, case, eager=True), exact)
     for each, expected in truth.items():
         assert found[each].isfinite().all(), each
+        expected = expected.cpu()
         bound = 16 * torch.finfo(dtype).eps * expected.abs().max()
-        assert ((found[each].double() - expected.cpu()).abs() <= bound).all(), each
+        assert ((found[each].double() - expected).abs() <= bound).all(), each
     arguments[name][:, : 9 * step, 1, 1] = -INF
     found = results(operator, case, arguments, path)
     assert found[name][:, : 9 * step, 1, 1].isnan().all()
     assert found[name][:, 9 * step :].isfinite().all()
 
 
-@interpreted
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16), **by_name)
-def test_denormals_are_not_flushed(dtype):
-    """Where the interpreter stores them, which it does not in bfloat16."""
+@pytest.mark.parametrize("dtype", _verify.DTYPES, **by_name)
+def test_denormals_are_not_flushed(dtype, device):
+    if dtype == torch.bfloat16 and INTERPRETED:
+        pytest.skip("the interpreter does not store them in bfloat16")
     features = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    features = (features * torch.finfo(dtype).smallest_normal / 16).to(dtype)
-    masks = torch.zeros(1, 9, 8, 12, dtype=dtype)
+    features = (features * torch.finfo(dtype).smallest_normal / 16).to(device, dtype)
+    masks = torch.zeros(1, 9, 8, 12, dtype=dtype, device=device)
     masks[:, 4] = 1
     output = dlu_triton.carafe(features, masks, 3, 1, 2)
     assert output.any()
-    assert torch.equal(output, features.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    # The least that TF32 holds, as docs/promises.md says.
+    least = 2.0**-136 if dtype == torch.float32 and not INTERPRETED else 0.0
+    expected = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(output, expected, rtol=0, atol=least)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered")
@@ -751,19 +755,16 @@ def test_maps_of_huge_and_tiny_activations(dtype, method, path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@interpreted
-def test_kernels_store_to_their_results_alone():
+@pytest.mark.skipif(not ON_CPU, reason="a GPU shows no addresses")
+def test_kernels_store_to_their_results_alone(checked_addresses):
     case = Case("", channels=2, height=2, width=3, kernel_size=3)
-    activations, gradients = planes((3, 4), torch.float32, "cpu")
-    large, large_gradients = planes(PLANES["large"], torch.float32, "cpu", n=1, k=1, c=8)
-    with addresses.checked() as stores:
-        for operator in _verify.OPERATORS:
-            results(operator, case, _verify.inputs(operator, case, torch.float32, "cpu"), "cpu")
-        dlu_triton.class_activation_parts(activations, gradients)
-        dlu_triton.class_activation_parts(large, large_gradients)
+    for operator in _verify.OPERATORS:
+        results(operator, case, _verify.inputs(operator, case, torch.float32, "cpu"), "cpu")
+    dlu_triton.class_activation_parts(*planes((3, 4), torch.float32, "cpu"))
+    dlu_triton.class_activation_parts(*planes(PLANES["large"], torch.float32, "cpu", n=1, k=1, c=8))
     channels = [(kernel, f"{name}_ptr") for kernel in ("cam_partial_maps", "cam_channels")
                 for name in ("weights", "contributions", "cancellation")]  # fmt: skip
-    assert stores == {
+    assert checked_addresses == {
         ("softmax_forward", "space_ptr"), ("softmax_forward", "zeros_ptr"), ("softmax_backward", "grad_logits_ptr"),
         ("sample_forward", "masks_ptr"), ("sample_backward", "grad_space_ptr"),
         ("sample_backward", "grad_offsets_ptr"), ("reassemble_forward", "output_ptr"),

@@ -8,7 +8,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from layouts import apart, channel_slice, channels_last, cropped, expanded, framed, scalar, sliced, transposed
+from layouts import (
+    aligned_channels,
+    apart,
+    channel_slice,
+    channels_last,
+    cropped,
+    expanded,
+    framed,
+    scalar,
+    sliced,
+    transposed,
+)
 from selection import long
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
@@ -39,7 +50,7 @@ def assert_within_bounds(operator, case, dtype, device):
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
 def test_error_against_float64(operator, case, dtype, device):
     if case.gpu_only and device.type == "cpu":
-        pytest.skip("too large for the interpreter")
+        pytest.skip("too large for a CPU")
     if not _verify.applies(case, operator, dtype):
         pytest.skip("not a mixture of types")
     assert_within_bounds(operator, case, dtype, device)
@@ -65,7 +76,7 @@ LONG_SUMS = (
 @pytest.mark.parametrize("operator", ("dlu_upsample", "carafe", "carafe_upsample"))
 def test_long_sums_in_half_precision(operator, case, dtype, device):
     if case.gpu_only and device.type == "cpu":
-        pytest.skip("too large for the interpreter")
+        pytest.skip("too large for a CPU")
     assert_within_bounds(operator, case, dtype, device)
 
 
@@ -203,6 +214,34 @@ def test_runs_of_views(operator, layout, device):
     views = {name: layout(value) for name, value in arguments.items()}
     found = _verify.results(_verify.function(operator, case, eager=False), views)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(7, 1), (6, 2)])
+def test_runs_of_odd_numbers_of_channels(channels, groups, device):
+    """Aligned pixels, whose channels fill no run, or of whose second group they begin in one."""
+    case = Case("", channels=channels, groups=groups, height=3, width=4, kernel_size=3)
+    arguments = _verify.inputs("carafe", case, torch.float32, device)
+    expected = _verify.results(_verify.function("carafe", case, eager=True), arguments)
+    views = {name: aligned_channels(value) for name, value in arguments.items()}
+    found = _verify.results(_verify.function("carafe", case, eager=False), views)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ("carafe", *long("dlu_upsample", "carafe_upsample", "expand_kernels")))
+def test_views_of_one_shape_that_begin_elsewhere(operator, device):
+    """A launch is repeated for tensors that are as aligned, for no others."""
+    case = Case("", channels=8, height=3, width=8, kernel_size=3, channels_last=True)
+    arguments = _verify.inputs(operator, case, torch.float32, device)
+    call = _verify.function(operator, case, eager=False)
+    expected = _verify.results(call, arguments)
+    for start in (0, 1):
+        views = {name: beginning_at(start, value) for name, value in arguments.items()}
+        torch.testing.assert_close(_verify.results(call, views), expected)
+
+
+def beginning_at(start, x):
+    """In a storage of its own, so many elements after its beginning."""
+    return x.new_empty(x.numel() + start).as_strided(x.shape, x.stride(), start).copy_(x)
 
 
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), **by_name)
@@ -546,13 +585,19 @@ def test_sampled_bfloat16_kernels_are_rounded_once(device):
     exact = reference.expand_kernels(space.double(), offsets.double(), 2, 3)
     masks = dlu_triton.expand_kernels(space, offsets, 2, 3).double()
     steps = (masks - exact).abs() / (exact.log2().floor() - 7).exp2()  # between numbers of eight bits
-    rounding = 1.0 if device.type == "cpu" else 0.5  # the interpreter truncates
+    rounding = 1.0 if _launch.INTERPRETED else 0.5  # the interpreter truncates
     assert steps[exact > 2**-8].max() <= rounding + 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def memory_of(*tensors):
+    """All bytes of their storages, since NaN differs from itself."""
+    sizes = (x.untyped_storage().nbytes() // x.element_size() for x in tensors)
+    return torch.cat([x.as_strided((n,), (1,), 0).view(torch.uint8) for n, x in zip(sizes, tensors, strict=True)])
 
 
 @pytest.mark.parametrize(
@@ -565,13 +610,14 @@ def test_sampled_bfloat16_kernels_are_rounded_once(device):
     ids=("groups", "pairs", "channels_last"),
 )
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
-def test_nothing_outside_is_touched(operator, case, layout, device, checked_addresses):
-    """Every address of every load, store and addition is that of an element, also where its value would be dropped."""
-    if device.type == "cuda":
-        pytest.skip("needs the interpreter")
+def test_nothing_outside_is_touched(operator, case, layout, device, checked_addresses, guarded_allocations):
+    """Every address of every load, store and addition is that of an element, also where its value would be dropped. On
+    a GPU, which shows no addresses, nothing beside results and arguments changes."""
     arguments = {name: layout(x) for name, x in _verify.inputs(operator, case, torch.float32, device).items()}
+    before = memory_of(*arguments.values())
     _verify.results(_verify.function(operator, case, eager=False), arguments)
-    assert checked_addresses  # what was stored to
+    assert torch.equal(memory_of(*arguments.values()), before)
+    assert checked_addresses != set()  # what was stored to; None on a GPU
 
 
 @pytest.mark.parametrize("module", (_kernels, _cam_kernels), ids=("upsamplers", "maps"))
@@ -703,6 +749,21 @@ def test_tf32_only_where_the_user_allows_it(monkeypatch):
         assert dict(zip(DTYPES, precisions, strict=True)) == {**others, torch.float32: expected}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert _launch.precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("name", ("features", "masks", "grad_output"))
+def test_float32_of_small_magnitude(name, device):
+    """As exact as others down to what docs/promises.md says; below, TF32 does not hold the low parts."""
+    case = Case("", channels=16, height=3, width=4, kernel_size=3)
+    arguments = _verify.inputs("carafe", case, torch.float32, device)
+    arguments[name] *= 2.0**-115 / arguments[name].abs().max()
+    exact = {each: value.double() for each, value in arguments.items()}
+    eager, kernels = (_verify.function("carafe", case, eager=eager) for eager in (True, False))
+    truth, twin, found = (
+        _verify.results(call, given) for call, given in ((eager, exact), (eager, arguments), (kernels, arguments))
+    )
+    for result, comparison in _verify.comparisons(truth, twin, found).items():
+        assert comparison.passed, f"{result}: {comparison}"
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Sizes: from empty batches and single pixels to beyond 2^31 elements, programs and bytes.
 
-Nothing that is huge is computed as a whole in the interpreter. Memory is committed where it is touched, and of a launch
-of millions of programs the first and the last run; or the strides alone are huge.
+Nothing that is huge is computed as a whole on a CPU. Memory is committed where it is touched, and of a launch of
+millions of programs the first, the middle and the last run; or the strides alone are huge.
 """
 
 import gc
@@ -12,13 +12,14 @@ import re
 import time
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import INTERPRETED
-from selection import long
+from conftest import EMULATED, INTERPRETED, ON_CPU
+from selection import long, long_emulated
 from test_deterministic import deterministic
 from test_operators import assert_within_bounds
 from triton.runtime import interpreter
@@ -30,7 +31,7 @@ from dlu_triton.ops import cam as cam_ops
 from dlu_triton.ops import carafe as carafe_ops
 from dlu_triton.ops import dlu as dlu_ops
 
-in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="memory of a GPU is committed as a whole")
+on_a_cpu = pytest.mark.skipif(not ON_CPU, reason="memory of a GPU is committed as a whole")
 FAR = 2**31 - 16  # fits 32 bits, as arguments of kernels may, and three of them pass 2^32
 
 
@@ -96,7 +97,7 @@ def check_far_apart(operator, axis, channels_last, is_deterministic, monkeypatch
     assert all(found[name].stride(axis) == FAR for name in arguments if name != "grad_output")
 
 
-@in_the_interpreter
+@on_a_cpu
 @AXES
 @pytest.mark.parametrize("operator", _verify.OPERATORS)
 def test_neighbours_that_are_far_apart(operator, axis, monkeypatch):
@@ -104,7 +105,7 @@ def test_neighbours_that_are_far_apart(operator, axis, monkeypatch):
 
 
 @pytest.mark.long
-@in_the_interpreter
+@on_a_cpu
 @AXES
 @pytest.mark.parametrize(
     ("operator", "is_deterministic", "channels_last"),
@@ -122,7 +123,7 @@ PIECES = pytest.mark.parametrize(
 )
 
 
-@in_the_interpreter
+@on_a_cpu
 @PIECES
 @pytest.mark.parametrize("operator", ("dlu_upsample", "carafe", "carafe_upsample"))
 def test_pieces_that_begin_before_a_map(operator, axis, height, width, channels_last, dtype):
@@ -167,7 +168,7 @@ def test_which_images_take_64_bits():
 CAM_AXES = pytest.mark.parametrize("axis", (0, -3, -2, -1), ids=("image", "channel", "row", "column"))
 
 
-@in_the_interpreter
+@on_a_cpu
 @CAM_AXES
 @pytest.mark.parametrize("method", _checks.CAM_METHODS)
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_planes_that_are_far_apart(method, height, width, axis):
     assert_same(found._asdict(), expected._asdict())
 
 
-@in_the_interpreter
+@on_a_cpu
 @pytest.mark.parametrize("axis", range(3), ids=("image", "class", "channel"))
 def test_weights_that_are_far_apart(axis):
     activations, weights = torch.randn(3, 3, 3, 4), torch.randn(3, 3, 3)
@@ -194,7 +195,7 @@ def test_weights_that_are_far_apart(axis):
     torch.testing.assert_close(found, expected)
 
 
-@in_the_interpreter
+@on_a_cpu
 @pytest.mark.parametrize("method", ("xgradcam", "layercam"))
 def test_classes_that_are_far_apart(method):
     activations, gradients = torch.rand(1, 3, 3, 4), torch.randn(1, 3, 3, 3, 4)  # whose sums do not cancel
@@ -204,30 +205,50 @@ def test_classes_that_are_far_apart(method):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Beyond 2^31 elements: by sizes, of which the ends are computed
+# Beyond 2^31 elements: by sizes, of which parts are computed
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class Parts:
+    """Which programs of a launch run: a few before and after each of some places, from 0 to 1, of all programs."""
+
+    def __init__(self):
+        self.places, self.launched = [Fraction(0), Fraction(1, 2), Fraction(1)], []
+
+    def choose(self, name, programs):
+        self.launched.append((name, programs))
+        around = (int(place * programs) + shift for place in self.places for shift in range(-FEW, FEW))
+        return sorted({number for number in around if 0 <= number < programs})
+
+    def interpret(self, monkeypatch):
+        builder, call, chosen = interpreter.interpreter_builder, interpreter.GridExecutor.__call__, []
+        start, number = builder.set_grid_dim, builder.set_grid_idx
+
+        def run(executor, *arguments, **constants):
+            (programs,) = executor.grid
+            chosen[:] = self.choose(executor.fn.__name__, programs)
+            executor.grid = (len(chosen),)
+            return call(executor, *arguments, **constants)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+        monkeypatch.setattr(builder, "set_grid_dim", lambda x, *others: start(self.launched[-1][1], *others))
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, *others: number(chosen[x], *others))
+
+
+FEW = 3  # programs
+
+
 @pytest.fixture
-def ends(monkeypatch):
-    """Only the first and the last programs of a launch run, as many of each, on memory committed where it is written;
-    the list fills with names and programs of the launches."""
-    launched, chosen = [], []
-    builder, call = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
-    start, number = builder.set_grid_dim, builder.set_grid_idx
+def parts(monkeypatch):
+    """Only these run of launches from here on, on memory committed where it is written."""
+    chosen = Parts()
+    if EMULATED:
+        import emulator
 
-    def run(self, *arguments, **constants):
-        (programs,) = self.grid
-        few = min(AT_EACH_END, programs)
-        chosen[:] = sorted({*range(few), *range(programs - few, programs)})
-        launched.append((self.fn.__name__, programs))
-        self.grid = (len(chosen),)
-        return call(self, *arguments, **constants)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
-    monkeypatch.setattr(builder, "set_grid_dim", lambda x, *others: start(launched[-1][1], *others))
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, *others: number(chosen[x], *others))
-    # One step a program: where a strip is long, the interpreter takes minutes.
+        monkeypatch.setattr(emulator.state.options, "choose", chosen.choose)
+    else:
+        chosen.interpret(monkeypatch)
+    # One step a program: a long strip takes minutes.
     monkeypatch.setattr(_launch, "strip_steps", lambda columns, steps: 1)
 
     def empty(*shape, dtype=torch.float32, device=None, memory_format=torch.contiguous_format):
@@ -237,12 +258,11 @@ def ends(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: empty(x.shape, dtype=x.dtype))
-    return launched
+    return chosen
 
 
-AT_EACH_END = 3  # programs
-# Along each axis: type and sizes of the case, and how many of these at each end hold anything but zeros. Past 2^24
-# columns, float64 has coordinates with fractions.
+# Along each axis: type and sizes of the case, and how many of these hold anything but zeros: at the beginning, in the
+# middle and at the end. Past 2^24 columns, float64 has coordinates with fractions.
 HUGE = {
     "image": (torch.float32, 0, 1, Case("", batch=2**26, channels=2, height=3, width=3, kernel_size=3)),
     "group": (torch.float32, 1, 1, Case("", channels=5 * 10**7, groups=5 * 10**7, height=2, width=3, kernel_size=3)),
@@ -250,134 +270,171 @@ HUGE = {
     "column": (torch.float64, 3, 2, Case("", channels=24, height=1, width=2**26 - 64, kernel_size=9)),
 }
 SIZES = ("batch", "groups", "height", "width")
+MARGIN = 8  # rows or columns beside these, which are zero; as far as kernels and offsets reach
 
 
-def ends_of(operator, dtype, axis, count, case):
-    """Arguments of the first and of the last few images, groups, rows or columns: what is beyond `count` is zero."""
-    few = 1 if axis < 2 else count + 8
-    sizes = {SIZES[axis]: few, **({"channels": few} if axis == 1 else {})}
-    small = replace(case, **sizes)
-    first = _verify.inputs(operator, small, dtype, "cpu")
-    if "offsets" in first:  # coordinates are exact
-        first["offsets"] = ((first["offsets"] * 2).round() / 2).clamp(-1.5, 1.5)
-    last = {name: value.flip(0, 1, 2, 3) for name, value in first.items()}
-    for arguments, keep in ((first, slice(0, count)), (last, slice(few - count, few))):
-        for value in arguments.values():
-            parts = value.unflatten(axis, (few, value.shape[axis] // few))
-            kept = parts.narrow(axis, keep.start, count).clone()
-            parts.zero_().narrow(axis, keep.start, count).copy_(kept)
-    return small, first, last
+def small_case(axis, count, case):
+    few = 1 if axis < 2 else count + 2 * MARGIN
+    return replace(case, **{SIZES[axis]: few, **({"channels": few} if axis == 1 else {})})
 
 
-def check_huge(operator, name, is_deterministic, launched, monkeypatch):
-    dtype, axis, count, case = HUGE[name]
-    small, first, last = ends_of(operator, dtype, axis, count, case)
-    size = getattr(case, SIZES[axis])
+def arguments_of_part(operator, dtype, axis, count, small, part):
+    """Of the small case; beyond the first, middle or last `count`, they are zero."""
     few = getattr(small, SIZES[axis])
+    arguments = _verify.inputs(operator, replace(small, seed=part), dtype, "cpu")
+    if "offsets" in arguments:  # coordinates are exact
+        arguments["offsets"] = ((arguments["offsets"] * 2).round() / 2).clamp(-1.5, 1.5)
+    for value in arguments.values():
+        of_each = value.unflatten(axis, (few, value.shape[axis] // few))
+        kept = of_each.narrow(axis, (few - count) * part // 2, count).clone()
+        of_each.zero_().narrow(axis, (few - count) * part // 2, count).copy_(kept)
+    return arguments
+
+
+def check_huge(operator, name, is_deterministic, parts, monkeypatch):
+    dtype, axis, count, case = HUGE[name]
+    small, size = small_case(axis, count, case), getattr(case, SIZES[axis])
+    few = getattr(small, SIZES[axis])
+    of_parts = [arguments_of_part(operator, dtype, axis, count, small, part) for part in range(3)]
     arguments = {}
-    for argument, value in first.items():
-        shape = list(value.shape)
-        shape[axis] = shape[axis] // few * size
+    for argument, value in of_parts[0].items():
+        shape, each = list(value.shape), value.shape[axis] // few
+        shape[axis] = each * size
         arguments[argument] = lazy(math.prod(shape), value.dtype).view(shape)
-        arguments[argument].narrow(axis, 0, value.shape[axis]).copy_(value)
-        arguments[argument].narrow(axis, shape[axis] - value.shape[axis], value.shape[axis]).copy_(last[argument])
+        for part in range(3):
+            here = arguments[argument].narrow(axis, (size - few) * part // 2 * each, value.shape[axis])
+            here.copy_(of_parts[part][argument])
 
     def largest(grad_masks, groups):
-        """A bound, of what only the ends hold."""
+        """A bound, of what only these parts hold."""
         bounds = lazy(grad_masks.shape[0] * groups, dtype).view(-1, groups)
-        bounds[:1, :1], bounds[-1:, -1:] = 1e3, 1e3
+        for image, group in ((0, 0), ((len(bounds) - 1) // 2, (groups - 1) // 2), (-1, -1)):
+            bounds[image, group] = 1e3
         return bounds
 
     monkeypatch.setattr(dlu_ops, "_largest", largest)
     with deterministic(is_deterministic):
         found = _verify.results(_verify.function(operator, case, eager=False), arguments)
     assert max(value.numel() for value in found.values()) > 2**31
-    for end, part in ((first, 0), (last, -1)):
-        expected = _verify.results(_verify.function(operator, small, eager=True), end)
+    for part, given in enumerate(of_parts):
+        exact = {argument: value.double() for argument, value in given.items()}
+        expected = _verify.results(_verify.function(operator, small, eager=True), exact)
         for result, value in expected.items():
-            kept = value.shape[axis] // few * count
-            start = 0 if part == 0 else value.shape[axis] - kept
-            huge_start = 0 if part == 0 else found[result].shape[axis] - kept
-            value, here = value.narrow(axis, start, kept), found[result].narrow(axis, huge_start, kept)
+            each = value.shape[axis] // few
+            start = (few - count) * part // 2
+            value = value.narrow(axis, start * each, count * each)
+            here = found[result].narrow(axis, ((size - few) * part // 2 + start) * each, count * each)
             assert value.any()
             torch.testing.assert_close(
-                here, value, rtol=1e-4, atol=1e-4, msg=lambda text, result=result, part=part: f"{result} {part}: {text}"
+                here.double(),
+                value,
+                rtol=1e-4,
+                atol=1e-4,
+                msg=lambda text, result=result, part=part: f"{result} {part}: {text}",
             )
-    assert max(programs for _, programs in launched) > 2**20
+    assert max(programs for _, programs in parts.launched) > 2**20
 
 
-@in_the_interpreter
-@pytest.mark.parametrize("name", HUGE)
-@pytest.mark.parametrize("operator", _verify.OPERATORS)
-def test_ends_of_huge_maps(operator, name, ends, monkeypatch):
-    check_huge(operator, name, False, ends, monkeypatch)
+ALL_HUGE = [(operator, name) for name in HUGE for operator in _verify.OPERATORS]
+QUICK_HUGE = [("dlu_upsample", "row"), ("carafe_upsample", "image")]
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("operator", "name"), (*QUICK_HUGE, *long_emulated(*(each for each in ALL_HUGE if each not in QUICK_HUGE)))
+)
+def test_parts_of_huge_maps(operator, name, parts, monkeypatch):
+    check_huge(operator, name, False, parts, monkeypatch)
 
 
 @pytest.mark.long
-@in_the_interpreter
+@on_a_cpu
 @pytest.mark.parametrize("name", HUGE)
 @pytest.mark.parametrize("operator", ("dlu_upsample", "expand_kernels"))
-def test_ends_of_huge_maps_where_sums_are_integers(operator, name, ends, monkeypatch):
-    check_huge(operator, name, True, ends, monkeypatch)
+def test_parts_of_huge_maps_where_sums_are_integers(operator, name, parts, monkeypatch):
+    check_huge(operator, name, True, parts, monkeypatch)
 
 
-@in_the_interpreter
+@on_a_cpu
 @pytest.mark.parametrize("axis", (0, 1), ids=("image", "class"))
-@pytest.mark.parametrize("method", ("gradcam++", "layercam"))
-def test_ends_of_many_planes(method, axis, ends):
+@pytest.mark.parametrize("method", ("layercam", *long_emulated("gradcam++")))
+def test_parts_of_many_planes(method, axis, parts):
     """Maps, raw maps and contributions, of more than 2^31 elements each."""
-    count, c = 2**27, 20
-    few = (3, 1) if axis == 0 else (1, 3)
+    count, c, few = 2**27, 20, 3
     maps = (count, 1) if axis == 0 else (1, count)
-    activations = torch.randn(few[0], c, 5, 5, dtype=torch.float64).float().relu()
-    gradients = torch.randn(*few, c, 5, 5)
     huge = lazy(count * c * 25, torch.float32).view(*maps, c, 5, 5)
     many = lazy(maps[0] * c * 25, torch.float32).view(maps[0], c, 5, 5)
-    for whole, part in ((huge, gradients), (many, activations)):
-        along = axis if part is gradients else 0
-        whole.narrow(along, 0, part.shape[along]).copy_(part)
-        whole.narrow(along, whole.shape[along] - part.shape[along], part.shape[along]).copy_(part)
+    starts = 0, (count - few) // 2, count - few
+    expected = []
+    activations = torch.randn(3 * few if axis == 0 else 1, c, 5, 5).relu()
+    gradients = torch.randn(3 * few, c, 5, 5)
+    for part, start in enumerate(starts):
+        here = slice(part * few, (part + 1) * few)
+        a, g = activations[here] if axis == 0 else activations, gradients[here].unsqueeze(1 - axis)
+        huge.narrow(axis, start, few).copy_(g)
+        many.narrow(0, start if axis == 0 else 0, len(a)).copy_(a)
+        expected.append(reference.class_activation_parts(a.double(), g.double(), method, size=(7, 6), normalize=True))
     found = dlu_triton.class_activation_parts(many, huge, method, size=(7, 6), normalize=True)
-    expected = reference.class_activation_parts(activations, gradients, method, size=(7, 6), normalize=True)
     for name in ("map", "raw", "contributions"):
-        whole, part = getattr(found, name), getattr(expected, name)
+        whole = getattr(found, name)
         assert whole.numel() > 2**31
-        torch.testing.assert_close(whole.narrow(axis, 0, 3), part, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(whole.narrow(axis, count - 3, 3), part, rtol=1e-4, atol=1e-5)
-    assert {name for name, programs in ends} == {"cam_partial_maps", "cam_finish"}
+        for start, part in zip(starts, expected, strict=True):
+            here = whole.narrow(axis, start, few).double()
+            torch.testing.assert_close(here, getattr(part, name), rtol=1e-4, atol=1e-5)
+    assert {name for name, programs in parts.launched} == {"cam_partial_maps", "cam_finish"}
 
 
 LARGEST = (4096, 524287)  # as many pixels as a map may have
 assert math.prod(LARGEST) == _checks.MAX_MAP_PIXELS
 
 
-@in_the_interpreter
-def test_ends_of_the_largest_plane(ends, monkeypatch):
-    monkeypatch.setattr(_launch, "FINISHING_BLOCKS", {**_launch.FINISHING_BLOCKS, "BLOCK_O": 2**20})
+@pytest.fixture
+def short_programs(monkeypatch):
+    """That finish one block of outputs each: thousands of blocks take minutes."""
+    monkeypatch.setattr(_launch, "ENOUGH_PROGRAMS", 2**31)
+
+
+@on_a_cpu
+def test_parts_of_the_largest_plane(parts, short_programs):
     activations, gradients = (lazy(2 * math.prod(LARGEST), torch.float16).view(1, 2, *LARGEST) for _ in range(2))
+    pixels = FEW * _launch.FINISHING_BLOCKS["BLOCK_O"]
+    places = [(0, slice(0, pixels)), (LARGEST[0] // 2, slice(0, pixels)), (-1, slice(-pixels, None))]
     for planes in (activations, gradients):
-        planes[:, :, 0, :2000] = torch.randn(1, 2, 2000)
-        planes[:, :, -1, -2000:] = torch.randn(1, 2, 2000)
+        for row, columns in places:
+            planes[:, :, row, columns] = torch.randn(1, 2, pixels)
     found = dlu_triton.class_activation_map(activations, gradients, "hirescam", relu=False)
-    for row, columns in ((0, slice(0, 2000)), (-1, slice(-2000, None))):
-        expected = (activations[:, :, row, columns].float() * gradients[:, :, row, columns].float()).sum(1)
-        torch.testing.assert_close(found[:, row, columns], expected)
+    for row, columns in places:
+        expected = (activations[:, :, row, columns].double() * gradients[:, :, row, columns].double()).sum(1)
+        torch.testing.assert_close(found[:, row, columns], expected.float())
 
 
-@in_the_interpreter
-@pytest.mark.parametrize("size", [LARGEST, (1, _checks.MAX_MAP_PIXELS), (_checks.MAX_MAP_PIXELS, 1)], ids=str)
+def resized(plane, size, y, x):
+    """Pixel (y, x) of a resized plane, in float64."""
+    for axis, place in ((0, y), (1, x)):
+        length = plane.shape[0]
+        position = min(max((place + 0.5) * length / size[axis] - 0.5, 0), length - 1)
+        low = min(int(position), max(length - 2, 0))
+        plane = torch.lerp(plane[low], plane[min(low + 1, length - 1)], position - low)
+    return plane
+
+
+@on_a_cpu
+@pytest.mark.parametrize(
+    "size", [LARGEST, *long_emulated(((1, _checks.MAX_MAP_PIXELS),), ((_checks.MAX_MAP_PIXELS, 1),))], ids=str
+)
 @pytest.mark.filterwarnings("error:invalid value encountered in cast")
-def test_ends_of_the_largest_map(size, ends, monkeypatch):
-    monkeypatch.setattr(_launch, "FINISHING_BLOCKS", {**_launch.FINISHING_BLOCKS, "BLOCK_O": 2**20})
+def test_parts_of_the_largest_map(size, parts, short_programs):
     activations = torch.tensor([[[[3.0, 1.0], [2.0, 7.0]]]])
     if 1 in size:
         activations = activations.flatten(2).unsqueeze(2 if size[0] == 1 else 3)
+    h, w = size
+    pixels = [(0, 0), (0, w - 1), (h // 2, w // 2), (h - 1, 0), (h - 1, w - 1)]
+    parts.places = [Fraction(y * w + x, h * w) for y, x in pixels]
     found = dlu_triton.weighted_activation_map(activations, torch.ones(1, 1), size=size, normalize=True)
     assert found.numel() == _checks.MAX_MAP_PIXELS
-    corners = (activations - 1) / 6
-    for y in (0, -1):
-        for x in (0, -1):
-            torch.testing.assert_close(found[0, y, x], corners[0, 0, y, x])
+    plane = (activations[0, 0].double() - 1) / 6
+    for y, x in pixels:
+        torch.testing.assert_close(found[0, y, x], resized(plane, size, y, x).float())
 
 
 # ---------------------------------------------------------------------------------------------------------------

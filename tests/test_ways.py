@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import ON_CPU
 from test_complexity import BACKWARD, CALLS, FORWARD, SHAPES, counts
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -28,7 +28,7 @@ from dlu_triton.ops import cam as cam_ops
 from dlu_triton.ops import carafe as carafe_ops
 from dlu_triton.ops import dlu as dlu_ops
 
-KERNELS = INTERPRETED or torch.cuda.is_available()
+KERNELS = ON_CPU or torch.cuda.is_available()
 OPERATORS = {
     "dlu_upsample": dlu_ops.dlu_upsample_op,
     "expand_kernels": dlu_ops.expand_kernels_op,

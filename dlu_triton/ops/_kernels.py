@@ -92,9 +92,18 @@ def _softmax(logits, KERNEL: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_products(a, b):
+    """Sums over the taps of a * b, [M, TAPS] both: [M], the same bits in all lanes that hold one.
+
+    A product would be contracted with the first addition of another lane's, and be rounded in that one alone: + 0.0.
+    """
+    return tl.sum(a * b + 0.0, axis=1)
+
+
+@triton.jit
 def _softmax_adjoint(taps, grad_taps):
     """Gradient of the logits from the taps, their softmax, and the gradient of these: [M, TAPS]."""
-    return taps * (grad_taps - tl.sum(taps * grad_taps, axis=1)[:, None])
+    return taps * (grad_taps - _sum_of_products(taps, grad_taps)[:, None])
 
 
 @triton.jit
@@ -241,20 +250,18 @@ def _fixed_point(largest, count_bits, INVERSE: tl.constexpr):
 
 @triton.jit
 def _add_to_cells(
-    plane_ptr, y, x, height, width, gradients, present, largest, count_bits,
+    plane_ptr, y, x, height, width, gradients, present, count_bits,
     KERNEL: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Add gradients [P, TAPS] to the kernels at (y, x), by atomic additions into zeros: offsets are unbounded, so any
-    output may reach any cell. Where `largest` is given, as integers, whose sums do not depend on their order.
+    output may reach any cell. Where `count_bits` is given, as integers, whose sums do not depend on their order.
     """
     offsets = _cell_offsets(y, x, width, TAPS, INDEX)
     fours = tl.arange(0, TAPS) // 4 < (KERNEL * KERNEL + 3) // 4  # as many as sm_90 adds at a time
     mask = present[:, None] & fours[None, :]
-    if largest is None:
+    if count_bits is None:
         tl.atomic_add(plane_ptr + offsets, gradients, mask=mask, sem="relaxed")
     else:
-        first, second = _fixed_point(largest, count_bits, False)
-        gradients = gradients * first * second
         whole = gradients.to(tl.int64)  # truncated, by less than a unit
         tl.atomic_add(plane_ptr + offsets, whole, mask=mask, sem="relaxed")
         if gradients.dtype == tl.float64:  # what 62 bits leave of 53 and the distance from the largest
@@ -291,10 +298,10 @@ def _sampling_adjoint(
     if grad_offsets_ptr is not None:
         plane_ptr = _space_plane(space_ptr, image, group, groups, height, width, TAPS)
         # What each corner of the kernel space would contribute: [M] each.
-        c00 = tl.sum(grad_taps * _load_corner(plane_ptr, y0, x0, width, TAPS, ACC, INDEX), axis=1)
-        c01 = tl.sum(grad_taps * _load_corner(plane_ptr, y0, x1, width, TAPS, ACC, INDEX), axis=1)
-        c10 = tl.sum(grad_taps * _load_corner(plane_ptr, y1, x0, width, TAPS, ACC, INDEX), axis=1)
-        c11 = tl.sum(grad_taps * _load_corner(plane_ptr, y1, x1, width, TAPS, ACC, INDEX), axis=1)
+        c00 = _sum_of_products(grad_taps, _load_corner(plane_ptr, y0, x0, width, TAPS, ACC, INDEX))
+        c01 = _sum_of_products(grad_taps, _load_corner(plane_ptr, y0, x1, width, TAPS, ACC, INDEX))
+        c10 = _sum_of_products(grad_taps, _load_corner(plane_ptr, y1, x0, width, TAPS, ACC, INDEX))
+        c11 = _sum_of_products(grad_taps, _load_corner(plane_ptr, y1, x1, width, TAPS, ACC, INDEX))
         dx_ptrs, dy_ptrs = _offset_pointers(
             grad_offsets_ptr, stride_gn, stride_gc, stride_gh, stride_gw, image, group, rows, cols, SCALE, INDEX
         )
@@ -307,15 +314,15 @@ def _sampling_adjoint(
         y0, x0, fy, fx = _once(y0), _once(x0), _once(fy), _once(fx)
         y1, x1 = tl.minimum(y0 + 1, height - 1), tl.minimum(x0 + 1, width - 1)
         if largest_ptr is None:
-            largest = None
             plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, TAPS)
         else:
             LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
             plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
-            largest_ptr += image * groups + group
-            largest = tl.load(largest_ptr)
-            unknown = tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int32), axis=0) > 0
-            tl.store(largest_ptr, float("nan"), mask=unknown)
+            first, second = _fixed_point(tl.load(largest_ptr + image * groups + group), count_bits, False)
+            grad_taps = grad_taps * first * second  # before products, whose TF32 parts lose digits of tiny values
+            # A tap that is padding counts programs that met NaN offsets, for `softmax_backward`.
+            unknown = tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int64), axis=0)
+            tl.atomic_add(plane_ptr + TAPS - 1, unknown, mask=unknown > 0, sem="relaxed")
         # Outputs whose points stay in a window of cells around the tile are summed by a matrix product first, so that
         # each cell takes one addition instead of four for each output.
         apart = valid
@@ -336,10 +343,11 @@ def _sampling_adjoint(
                 sums = _multiply_add(weights, grad_taps, sums, PRECISION, ACC)  # [Q, TAPS]
                 cells = tl.arange(0, CELLS * CELLS)
                 cells_y, cells_x = window_y + cells // CELLS, window_x + cells % CELLS
-                touched = (tl.sum(weights, axis=1) != 0) & (cells_y >= 0) & (cells_y < height)
+                # By the largest weight: lanes may differ in the last bit of a sum of products.
+                touched = (tl.max(weights, axis=1) > 0) & (cells_y >= 0) & (cells_y < height)
                 touched &= (cells_x >= 0) & (cells_x < width)
                 _add_to_cells(
-                    plane_ptr, cells_y, cells_x, height, width, sums, touched, largest, count_bits, KERNEL, TAPS, INDEX
+                    plane_ptr, cells_y, cells_x, height, width, sums, touched, count_bits, KERNEL, TAPS, INDEX
                 )
         if tl.max(apart.to(tl.int32), axis=0) > 0:
             for corner in tl.static_range(4):
@@ -347,9 +355,8 @@ def _sampling_adjoint(
                 corner_x, weight_x = x1 if corner % 2 else x0, fx if corner % 2 else 1 - fx
                 gradients = grad_taps * (weight_y * weight_x)[:, None]  # [M, TAPS]
                 _add_to_cells(
-                    plane_ptr, corner_y, corner_x, height, width, gradients, apart, largest, count_bits,
-                    KERNEL, TAPS, INDEX,
-                )  # fmt: skip
+                    plane_ptr, corner_y, corner_x, height, width, gradients, apart, count_bits, KERNEL, TAPS, INDEX
+                )
 
 
 @triton.jit
@@ -374,8 +381,9 @@ def _tf32_parts(x):
 
 @triton.jit
 def _multiply_add(a, b, c, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ b + c. "tf32x3", of float32, is three TF32 products and as accurate as float32; Triton's own form of it takes
-    more instructions, to keep an infinite operand apart from others, which the zeros of a band prevent anyway."""
+    """a @ b + c. "tf32x3", of float32, is three TF32 products and as accurate as float32, from 2^-115 on, where TF32
+    holds the low parts. Triton's own form of it takes more instructions, to keep an infinite operand apart from others,
+    which the zeros of a band prevent anyway."""
     if PRECISION == "tf32x3":
         a_high, a_low = _tf32_parts(a)
         b_high, b_low = _tf32_parts(b)
@@ -463,6 +471,7 @@ def softmax_backward(
         first, second = _fixed_point(tl.load(largest_ptr + plane), count_bits, True)
         LIMBS: tl.constexpr = 2 if ACC == tl.float64 else 1
         grad_space_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
+        first = tl.where(tl.load(grad_space_ptr + TAPS - 1) == 0, first, float("nan"))  # see `_sampling_adjoint`
         grad = tl.load(grad_space_ptr + space_offsets, mask=valid[:, None], other=0).to(ACC)  # [P, TAPS]
         if LIMBS == 2:
             grad_space_ptr += height.to(tl.int64) * width * TAPS

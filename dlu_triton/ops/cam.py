@@ -75,6 +75,9 @@ def _finish(
     """Write the raw map (N, K, h, w) and the map (N, K, H, W) from partial maps (N, K, slices, h, w)."""
     n, classes, slices, h, w = partials.shape
     height, width = cam.shape[2:]
+    if slices > 1 and (resize or normalize) and h * w > _launch.MOST_PIXELS_ADDED_AGAIN:
+        _finish(partials, raw, raw, channels, relu=False, resize=False, normalize=False)
+        partials, slices = raw.unsqueeze(2), 1
     tiles, per_program = _launch.finishing_tiles(n * classes, height * width, slices, channels)
     corners = 4 * (h + 1) * (w + 1) < height * width
     _checks.launch(n * classes * tiles, cam)
