@@ -5,6 +5,11 @@
 prints one JSON object per compiled kernel: typical launches for every target (for AMD, a sample) and every third
 corner for the first; with --corners all of both for every target, which takes several times as long.
 
+    python tests/compile_kernels.py --shared cuda:75 cuda:86
+
+goes through kernel sizes and scales instead, and no further than to the shared memory that a kernel asks for: of
+`dlu_upsample` for a sample of them, or with --corners of every operator for all, which takes hours.
+
 It runs in a process of its own because interpreted and compiled kernels cannot share one. A stub driver names the
 target; the operators' own launch code runs on meta tensors, and every launch stops after compilation.
 """
@@ -13,17 +18,25 @@ import argparse
 import json
 import os
 import re
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
+from unittest import mock
 
 import machine_code
 import torch
 import triton
+from emulator import driver
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend, nvidia
 from triton.runtime.jit import JITFunction
 
 WARP_SIZE = {"cuda": 32, "hip": 64}
+# Bytes of shared memory that a block may have
+SHARED = {**{f"cuda:{arch}": size for arch, size in driver.SHARED.items()}, "cuda:100": 232448, "hip:gfx942": 65536}
 
 
 class StubLauncher:
@@ -42,7 +55,7 @@ class StubUtils:
     loaded = 0
 
     def get_device_properties(self, device: object) -> dict[str, int]:
-        return {"max_shared_mem": 2**20, "warpSize": 32, "max_num_regs": 2**16}
+        return {"max_shared_mem": SHARED.get(device, SHARED["cuda:90"]), "warpSize": 32, "max_num_regs": 2**16}
 
     def load_binary(self, *arguments: object) -> tuple[int, ...]:
         self.loaded += 1
@@ -124,16 +137,21 @@ CAM_CORNERS = [
     (torch.float64, "cropped", None, 30, 64, 63),
 ]
 
+# Kernel sizes, dtypes, layouts and scale factors of every operator; and of `dlu_upsample`, for a sample
+SIZES, DTYPES = (9, 7, 5, 3, 1), (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+SCAN = (SIZES, DTYPES, ("large", "large, channels_last"), range(1, 17))  # odd sizes take no more
+SCAN_SAMPLE = (SIZES[:4], DTYPES[:2], ("large",), (1, 2))  # tiles of larger scales take less
 
-def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels) -> None:
-    """Every upsampling operator, forward and backward, on meta tensors."""
+
+def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels, only_dlu=False) -> None:
+    """Every upsampling operator or one, forward and backward, on meta tensors."""
     from dlu_triton.ops import carafe, dlu
 
     def meta(c, h, w, dtype=dtype):
         x = torch.empty(2, c, h, w, dtype=dtype, device="meta")
         return x.contiguous(memory_format=torch.channels_last) if "channels_last" in layout else x
 
-    sizes = {"odd sizes": (25, 41), "large odd sizes": (49, 81), "huge": (2**13, 2**14)}
+    sizes = {"large": (128, 128), "odd sizes": (25, 41), "large odd sizes": (49, 81), "huge": (2**13, 2**14)}
     h, w = sizes.get(layout.removesuffix(", channels_last"), (48, 80))
     kernel_dtype = torch.float32 if layout == "float32 kernels" else dtype
     s, k, g = scale_factor, kernel_size, groups
@@ -141,13 +159,15 @@ def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels
     features, output = meta(channels, h, w), meta(channels, *size)
     space, offsets = meta(g * k * k, h, w, kernel_dtype), meta(2 * g * s * s, h, w, kernel_dtype)
     masks = meta(g * k * k, *size, kernel_dtype)
+    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g, size)
+    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, size, True, True, True)
+    if only_dlu:
+        return
     carafe.carafe_op.launch(features, masks, k, g, s, size)
     carafe.carafe_op.gradients.launch(output, features, masks, k, g, s, size, True, True)
     logits = meta(g * k * k * s * s, h, w, kernel_dtype)
     carafe.carafe_upsample_op.launch(features, logits, s, k, g, size)
     carafe.carafe_upsample_op.gradients.launch(output, features, logits, s, k, g, size, True, True)
-    dlu.dlu_upsample_op.launch(features, space, offsets, s, k, g, size)
-    dlu.dlu_upsample_op.gradients.launch(output, features, space, offsets, s, k, g, size, True, True, True)
     dlu.expand_kernels_op.launch(space, offsets, s, k, g, size)
     dlu.expand_kernels_op.gradients.launch(masks, space, offsets, s, k, g, size, True, True)
     if channels == 256:  # the typical shapes
@@ -187,23 +207,14 @@ def launch_cam(dtype, layout, classes, channels, height, width) -> None:
 
 
 def resources(kernel, target: GPUTarget) -> dict:
-    usage = {"shared": kernel.metadata.shared}
-    if target.backend != "cuda":
-        text = kernel.asm["amdgcn"]
-        usage["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-        usage["local"] = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
-        usage["spills"] = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
-        return usage
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", machine_code.dump(kernel, "-res-usage")))
-    usage["registers"] = int(found["REG"])
-    usage["local"] = int(found["STACK"]) + int(found["LOCAL"])
-    code = machine_code.instructions(machine_code.dump(kernel, "-sass"))
-    opcodes = [each.opcode for each in code]
-    usage["spills"] = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
-    usage["instructions"] = len(opcodes)
-    usage["longest_loop"] = machine_code.longest_loop(code)
-    usage["tensor_core"] = sum(machine_code.TENSOR_CORE.match(opcode) is not None for opcode in opcodes)
-    return usage
+    shared = {"shared": kernel.metadata.shared}
+    if target.backend == "cuda":
+        products = len(re.findall(r"^\s*(?:wgmma\.mma|mma|tcgen05\.mma)", kernel.asm["ptx"], re.MULTILINE))
+        return shared | machine_code.usage(kernel.asm["cubin"]) | {"tensor_core": products}
+    text = kernel.asm["amdgcn"]
+    found = {name: int(number) for name, number in re.findall(r"\.(\w+):\s*(\d+)", text)}
+    local = found["private_segment_fixed_size"] + found["vgpr_spill_count"]  # spills may go to other registers
+    return shared | {"registers": found["vgpr_count"], "local": local}
 
 
 @contextmanager
@@ -220,7 +231,7 @@ def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
     def compile_only(self, *args, warmup, **kwargs):
         kernel = run(self, *args, warmup=True, **kwargs)
         compiled.append((self.__name__, kernel, dict(zip(self.arg_names, args, strict=False)) | kwargs))
-        return kernel
+        return defaultdict(StubLauncher)  # a kernel would not be loaded if it is too large
 
     JITFunction.run = compile_only
     try:
@@ -229,7 +240,9 @@ def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
         JITFunction.run = run
 
 
-def compile_case(target: GPUTarget, launch: Callable[..., None], case: tuple) -> list[dict]:
+def compile_case(
+    target: GPUTarget, case: tuple, launch: Callable[..., None], resources: Callable[..., dict]
+) -> list[dict]:
     """Resources of every kernel that one case launches."""
     with compiling(target) as compiled:
         launch(*case)
@@ -246,15 +259,53 @@ def compile_case(target: GPUTarget, launch: Callable[..., None], case: tuple) ->
     return rows
 
 
+class _Allocated(Exception):
+    """Shared memory is known."""
+
+
+def _allocate(backend, source, metadata, options, capability) -> str:
+    """The passes of Triton's `make_llir` as far as to what makes LLVM code of them, which takes most of the time."""
+
+    def run(passes, *_: object) -> None:
+        passes.run(source, "make_llir")
+        raise _Allocated
+
+    with mock.patch.object(nvidia.passes.ttgpuir, "add_to_llvmir", run), suppress(_Allocated):
+        make_llir(backend, source, metadata, options, capability)
+    metadata |= {"shared": source.get_int_attr("ttg.shared"), "name": "", "tmem_size": 0}
+    return ""
+
+
+make_llir = CUDABackend.make_llir
+
+
+def shared_memory(target: GPUTarget, case: tuple) -> list[dict]:
+    """What every kernel that one case launches asks for; in a cache that goes with it, since kernels are unfinished."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder, TRITON_STORE_BINARY_ONLY="1"),
+        mock.patch.multiple(CUDABackend, make_llir=_allocate, make_ptx=lambda *_: "", make_cubin=lambda *_: b""),
+    ):
+        return compile_case(target, case, launch_upsampling, lambda kernel, _: {"shared": kernel.metadata.shared})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("targets", nargs="+", metavar="BACKEND:ARCH")
     parser.add_argument("--corners", action="store_true", help="compile the corners for every target")
+    parser.add_argument("--shared", action="store_true", help="shared memory by kernel sizes and scales")
     options = parser.parse_args()
     jobs = []
     for name in options.targets:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
+        if options.shared:
+            scan = product(*(SCAN if options.corners else SCAN_SAMPLE))
+            jobs += [
+                (shared_memory, target, (dtype, layout, scale, size, 1, 256, not options.corners))
+                for size, dtype, layout, scale in scan
+            ]
+            continue
         for launch, typical, corners, sample in (
             (launch_upsampling, TYPICAL, CORNERS, TYPICAL[::3]),
             (launch_cam, CAM_TYPICAL, CAM_CORNERS, CAM_TYPICAL[::2]),
@@ -265,10 +316,10 @@ def main() -> None:
                 cases = typical + corners[::3]
             else:
                 cases = typical if backend == "cuda" else sample
-            jobs += [(target, launch, case) for case in cases]
+            jobs += [(compile_case, target, case, launch, resources) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
-            for row in rows:
+        for job in [pool.submit(*job) for job in jobs]:
+            for row in job.result():
                 print(json.dumps(row), flush=True)
 
 

@@ -1,257 +1,262 @@
-"""Compile the reassembly for sm_90 and hold what a tile costs against the time that its bytes take.
+"""Count what kernels do on a GPU, by the emulator, and what the units of an SM would take for it.
 
-    python tests/cost_model.py [--json]
+    python tests/cost_model.py [words of a case ...] [--json] [--lines] [--target sm_90]
 
-prints for each shape and kernel, for one tile of outputs, or a step of the feature gradient's strips: clocks that its
-bytes take at the memory's rate, and by resource clocks that it keeps an SM busy, as a share of these. Arithmetic on
-machine code, not a measurement: bench/NOTES.md says what it leaves out. In a process of its own, as
-`compile_kernels.py`.
+prints a row for each launch, of a block in the middle of a map: what it does, and the clocks of each unit as shares of
+the clocks that its bytes take to come from memory and go there, every argument once. "of a copy" is the time of these
+bytes over that of the busiest unit. --lines adds the source lines with the most traffic. Counts are exact, times are
+arithmetic, for an H200 whatever the target, not a measurement: bench/NOTES.md says what they leave out. In processes of
+their own, as those of `compile_kernels.py`.
 """
 
 import argparse
 import json
 import math
-from collections import Counter
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
+from unittest import mock
 
+import emulator
 import torch
-import triton
-from compile_kernels import StubDriver, compiling
-from machine_code import Program, dump, instructions
-from triton.backends.compiler import GPUTarget
+from emulator.counters import Counters
+from emulator.driver import SHARED
+from machine_code import assemble, usage
+from triton.runtime.jit import JITFunction
 
-# An H200: a device copy at 4.3e12 bytes a second, 132 SMs at 1.7e9 clocks. An SM issues four warp instructions a clock,
-# one that goes to shared memory or exchanges lanes, and looks up one line of 128 bytes in its L1 cache. Operations of
-# the tensor cores, dense, by size of the operands.
-BYTES_PER_CLOCK = 4.3e12 / 132 / 1.7e9
-INSTRUCTIONS_PER_CLOCK, SHARED_PER_CLOCK, LINES_PER_CLOCK = 4, 1, 1
-TENSOR_FLOP_PER_CLOCK = {2: 4096, 4: 2048}
-WARPS, REGISTERS, SHARED, BLOCKS = 64, 65536, 227 * 1024, 32
-LINE = 128
+# An H200: 132 SMs at 1.755 GHz. Bytes a clock and SM of a copy at 4.3e12 a second, and of the L2 cache, reads and
+# writes together, at 5.75e12; the port of an SM to it, each way; a wavefront of 128 bytes a clock through the unit that
+# L1 and shared memory are, which looks up four cache lines; four warp instructions a clock, and a special function in
+# two; operations of the tensor cores, dense.
+SMS, CLOCK = 132, 1.755e9
+MEMORY, L2, PORT, ISSUE, SPECIAL = 4.3e12 / SMS / CLOCK, 5.75e12 / SMS / CLOCK, 64, 4, 0.5
+TENSOR = {"bf16": 4096, "f16": 4096, "tf32": 2048, "f64": 512}
+WARPS, REGISTERS, BLOCKS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 120: 48}, 65536, 32
+UNITS = ("L2", "L2 port", "wavefronts", "issue", "special", "tensor cores")
 
 HALF, WIDE = torch.bfloat16, torch.float32
 NCHW, LAST = torch.contiguous_format, torch.channels_last
-N, H, W, KERNEL = 8, 104, 168, 5
+GLOBAL, STORES = ("ld.global", "st.global", "atomic"), ("st.global", "atomic")
+EXCHANGES = ("ld.shared", "st.shared", "ldmatrix", "stmatrix")
 
 
-class Shape(NamedTuple):
-    """An operator on 8 maps of 104 x 168."""
+class Case(NamedTuple):
+    """An operator with 5 x 5 kernels, or class activation maps."""
 
     operator: str
     dtype: torch.dtype
     layout: torch.memory_format
     channels: int
-    scale: int
+    scale: int = 2
+    height: int = 104
+    width: int = 168
+    backward: bool = False
+    batch: int = 8
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.layout is LAST else "NCHW"
+        dtype = str(self.dtype).removeprefix("torch.")
+        scale = "" if self.operator == "cam" else f" s{self.scale}"
+        way = " backward" if self.backward else ""
+        return f"{self.operator}{way} {dtype} {layout} C{self.channels}{scale} {self.height}x{self.width}"
 
 
-SHAPES = [
-    *(Shape("dlu_upsample", dtype, layout, 256, scale) for dtype in (HALF, WIDE) for scale in (2, 4, 8, 16)
+CASES = [
+    *(Case("dlu_upsample", dtype, layout, 256, scale, batch=8 if scale < 8 else 1) for dtype in (HALF, WIDE)
+      for scale in (2, 4, 8, 16) for layout in (LAST, NCHW)),
+    *(Case("dlu_upsample", HALF, layout, 64, scale) for scale in (2, 4) for layout in (LAST, NCHW)),
+    *(Case("dlu_upsample", HALF, layout, 256, width=width) for width in (166, 167) for layout in (LAST, NCHW)),
+    *(Case(operator, HALF, layout, 256) for operator in ("carafe", "carafe_upsample") for layout in (LAST, NCHW)),
+    *(Case("dlu_upsample", dtype, layout, 256, scale, backward=True) for dtype in (HALF, WIDE) for scale in (2, 4)
       for layout in (LAST, NCHW)),
-    *(Shape("dlu_upsample", HALF, layout, 64, scale) for scale in (2, 4, 8, 16) for layout in (LAST, NCHW)),
-    *(Shape(operator, HALF, layout, 256, 2) for operator in ("carafe", "carafe_upsample") for layout in (LAST, NCHW)),
+    *(Case(operator, HALF, layout, 256, backward=True) for operator in ("carafe", "carafe_upsample")
+      for layout in (LAST, NCHW)),
+    *(Case("cam", HALF, layout, channels, height=side, width=side, batch=32)
+      for channels, side in ((2048, 7), (512, 14), (256, 56)) for layout in (LAST, NCHW)),
 ]  # fmt: skip
-BACKWARD_SHAPES = [shape for shape in SHAPES if shape.channels == 256 and shape.scale <= 4]
-TABLE = (
-    "kernel", "operator", "dtype", "channels", "scale", "layout", "tile", "memory",
-    "instructions", "tensor cores", "shared memory", "cache lines", "from L2", "registers", "warps",
-)  # fmt: skip
 
 
-def launches(shape: Shape, *, backward: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """What an operator, or its backward pass, compiles: kernel and arguments, by name."""
-    from dlu_triton.ops import carafe, dlu
+def launch(case: Case) -> None:
+    """Counts follow from offsets, which are random, about a source pixel, and from no other value."""
+    from dlu_triton.ops import cam, carafe, dlu
 
-    operator, dtype, layout, channels, scale = shape
+    _, dtype, layout, channels, s, h, w, backward, batch = case
 
-    def meta(c: int, h: int = H, w: int = W) -> torch.Tensor:
-        return torch.empty(N, c, h, w, dtype=dtype, device="meta").contiguous(memory_format=layout)
+    def new(channels: int, height: int, width: int) -> torch.Tensor:
+        if layout is LAST:
+            return torch.zeros(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+        return torch.zeros(batch, channels, height, width, dtype=dtype)
 
-    features, taps, output_size = meta(channels), KERNEL**2, (scale * H, scale * W)
-    if operator == "dlu_upsample":
-        module, tensors, settings = dlu, (features, meta(taps), meta(2 * scale**2)), (scale, KERNEL, 1, None)
-    elif operator == "carafe":
-        module, tensors, settings = carafe, (features, meta(taps, *output_size)), (KERNEL, 1, scale, None)
+    features, k = new(channels, h, w), 5
+    if case.operator == "cam":
+        gradients = new(channels, h, w).unsqueeze(1)
+        cam.class_activation_map_op.launch(features, gradients, "xgradcam", 1e-6, True, (224, 224), True, False)
+        return
+    if case.operator == "dlu_upsample":
+        offsets = new(2 * s * s, h, w)
+        offsets[0] = torch.randn(offsets.shape[1:], generator=torch.Generator().manual_seed(0))
+        op, tensors, settings = dlu.dlu_upsample_op, (features, new(k * k, h, w), offsets), (s, k, 1, None)
+    elif case.operator == "carafe":
+        op, tensors, settings = carafe.carafe_op, (features, new(k * k, s * h, s * w)), (k, 1, s, None)
     else:
-        module, tensors, settings = carafe, (features, meta(taps * scale**2)), (scale, KERNEL, 1, None)
-    with compiling(GPUTarget("cuda", 90, 32)) as compiled:
-        op = getattr(module, f"{operator}_op")
-        if backward:
-            op.gradients.launch(meta(channels, *output_size), *tensors, *settings, *[True] * len(tensors))
-        else:
-            op.launch(*tensors, *settings)
-    return {name: (kernel, arguments) for name, kernel, arguments in compiled}
+        op, tensors, settings = carafe.carafe_upsample_op, (features, new(k * k * s * s, h, w)), (s, k, 1, None)
+    if backward:
+        op.gradients.launch(new(channels, s * h, s * w), *tensors, *settings, *[True] * len(tensors))
+    else:
+        op.launch(*tensors, *settings)
 
 
-def row(name: str, shape: Shape, kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    tile = Tile(shape, arguments, kernel.metadata.num_warps)
-    program = Program(instructions(dump(kernel, "-sass")))
-    cost = {
-        "reassemble_forward": forward_cost,
-        "reassemble_backward_features": features_cost,
-        "reassemble_backward_kernels": kernels_cost,
-    }[name](tile, program)
-    memory = cost.bytes / BYTES_PER_CLOCK
+def inside(arguments: dict[str, Any], name: str, total: int, most: int = 4) -> list[int]:
+    """Blocks to run: neighbours in the middle of the first image, all that share the channels of a tile."""
+    if "tiles_w" not in arguments:
+        return list(range(total // 16, total // 16 + most)) if total > most else list(range(total))
+    slices = arguments.get("slices", 1)
+    first = arguments["tiles_h"] // 2 * arguments["tiles_w"] + arguments["tiles_w"] // 2 - 1
+    if name == "reassemble_backward_features":  # long strips, in reverse
+        return [total - 1 - first * slices]
+    return list(range(first * slices, (first + most) * slices))
+
+
+def share(case: Case, arguments: dict[str, Any], grid: int) -> float:
+    """Of the whole launch, what a block does that no border cuts off."""
+    pixels = case.batch * case.height * case.width
+    if "STRIP_W" in arguments:
+        return arguments["steps"] * arguments["STEP_H"] * arguments["STRIP_W"] / pixels / arguments["slices"]
+    if "BLOCK_H" in arguments:
+        outputs = arguments["BLOCK_H"] * arguments["BLOCK_W"]
+        return outputs / case.scale**2 / pixels / arguments.get("slices", 1)
+    return 1 / grid
+
+
+def counted(case: Case, target: str) -> list[tuple[Counters, dict[str, Any]]]:
+    """Counters and arguments of each launch."""
+    launched, run = [], JITFunction.run
+
+    def recording(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        launched.append(dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        kernel = run(self, *args, **kwargs)
+        launched[-1]["shared"] = kernel.metadata.shared
+        return kernel
+
+    def choose(name: str, total: int) -> list[int]:
+        return inside(launched[-1], name, total)
+
+    with (
+        emulator.running(target, shared_races=False, global_races=False, counters=True, choose=choose) as report,
+        mock.patch.object(JITFunction, "run", recording),
+    ):
+        launch(case)
+    return list(zip(report.counters, launched, strict=True))
+
+
+def row(case: Case, found: Counters, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+    """Of a block."""
+    n, grid, warps = found.blocks, math.prod(found.grid), found.threads // 32
+    load, store = found.total("ld.global"), found.total(*STORES)
+    shared = found.total(*EXCHANGES)
+    added = {each.region for each in found.accesses.values() if each.kind == "atomic"}
+    touched = {each.region for each in found.accesses.values()} - {""}
+    bytes_ = sum(found.sizes[name] * (2 if name in added else 1) for name in touched) * share(case, arguments, grid)
+    read = sum(found.by_block.get("ld.global", {}).values()) * 32 / n
+    written = store.sectors * 32 / n
+    requests = sum(max(each.tags, math.ceil(each.lanes * each.size / 128))
+                   for each in found.accesses.values() if each.region)  # fmt: skip
+    # Which way a block takes is known of PTX alone, what ptxas makes of it by the length of the whole.
+    code, counts = usage(assemble(found.program.text)), found.instructions()
+    ptx = sum(kind != "param" for block in found.program.counted for _, kind, *_ in block)
+    issued = (counts.total() - counts["param"]) * code["instructions"] / ptx
+    memory = bytes_ / MEMORY
     clocks = {
-        "instructions": cost.executed.total() * tile.warps / INSTRUCTIONS_PER_CLOCK,
-        "tensor cores": cost.products / TENSOR_FLOP_PER_CLOCK[tile.itemsize],
-        "shared memory": _count(cost.executed, "SHFL", "STS", "LDS", "STSM") * tile.warps / SHARED_PER_CLOCK,
-        "cache lines": cost.lines / LINES_PER_CLOCK,
+        "L2": (read + written) / L2,
+        "L2 port": max(read, written) / PORT,
+        "wavefronts": (shared.wavefronts + requests + found.wgmma_bytes / 128) / n,
+        "issue": issued / n / ISSUE,
+        "special": counts["special"] / n / SPECIAL,
+        "tensor cores": sum(flops / TENSOR[kind] for kind, flops in found.flops().items()) / n,
     }
-    registers = max(int(word.split(":")[1]) for word in dump(kernel, "-res-usage").split() if word.startswith("REG:"))
+    arch = int(target.removeprefix("sm_"))
     blocks = min(
-        REGISTERS // (triton.cdiv(registers, 8) * 8 * 32 * tile.warps),
-        SHARED // (kernel.metadata.shared + 1024),
-        WARPS // tile.warps,
+        REGISTERS // (-(-code["registers"] // 8) * 8 * found.threads),
+        SHARED[arch] // (arguments["shared"] + 1024),
+        WARPS[arch] // warps,
         BLOCKS,
     )
+    busiest = max(clocks, key=clocks.get)
+    sides = "STEP_H STRIP_W" if "STEP_H" in arguments else "BLOCK_H BLOCK_W"
     return {
-        "kernel": name, "operator": shape.operator, "dtype": str(shape.dtype).removeprefix("torch."),
-        "channels": shape.channels, "scale": shape.scale,
-        "layout": "channels_last" if shape.layout is LAST else "NCHW", "tile": cost.tile, "memory": round(memory),
-        **{resource: round(value / memory, 2) for resource, value in clocks.items()},
-        "from L2": round(cost.from_l2 / cost.bytes, 2), "registers": registers, "shared": kernel.metadata.shared,
-        "warps": blocks * tile.warps, "program warps": tile.warps,
-        "feature bytes": tile.window * shape.channels * tile.itemsize,
-        "output bytes": tile.outputs * shape.channels * tile.itemsize, "pair bytes": 2 * tile.itemsize,
-        "wgmma": _count(cost.executed, "HGMMA"), "turns": program.turns(),
-        "wide loads": _count(cost.executed, "LDG.E.128"), "scalar loads": _count(cost.executed, "LDG.E.U16"),
-        "pair loads": cost.executed["LDG.E.64" if tile.itemsize == 4 else "LDG.E"],
-        "wide stores": _count(cost.executed, "STG.E.128"),
-        "narrow stores": _count(cost.executed, "STG") - _count(cost.executed, "STG.E.128"),
+        "case": str(case), "kernel": found.name, "operator": case.operator, "dtype": str(case.dtype)[6:],
+        "layout": "channels_last" if case.layout is LAST else "NCHW", "channels": case.channels, "scale": case.scale,
+        "width": case.width, "block": " x ".join(str(arguments[side]) for side in sides.split() if side in arguments),
+        "grid": grid, "bytes": round(bytes_), "memory": round(memory), "traffic": round((read + written) / bytes_, 2),
+        "load": round(load.sectors / max(load.fewest, 1), 2), "store": round(store.sectors / max(store.fewest, 1), 2),
+        "conflicts": round(shared.wavefronts / max(shared.least, 1), 2),
+        "instructions": round(issued / n / warps),
+        **{unit: round(clock / memory, 2) for unit, clock in clocks.items()},
+        "limit": busiest if clocks[busiest] > memory else "memory",
+        "of a copy": round(memory / max(memory, clocks[busiest]), 2),
+        "registers": code["registers"], "local": code["local"], "warps": blocks * warps,
+        "widths": widths(found), "lines": lines(found),
     }  # fmt: skip
 
 
-def _count(executed: Counter[str], *opcodes: str) -> int:
-    return sum(count for opcode, count in executed.items() if opcode.startswith(opcodes))
+def widths(found: Counters) -> dict[str, dict[int, float]]:
+    """Requests of a warp by kind and argument, and by bytes of a lane."""
+    result: dict[str, dict[int, float]] = {}
+    for each in found.accesses.values():
+        if each.region:
+            by_size = result.setdefault(f"{each.kind} {each.region}", {})
+            by_size[each.size] = by_size.get(each.size, 0) + each.requests / found.blocks / (found.threads // 32)
+    return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a tile costs
-# ---------------------------------------------------------------------------------------------------------------
+def lines(found: Counters) -> list[str]:
+    """What each source line asks of memory, for one block: the most sectors or wavefronts first."""
+    told = []
+    for (kind, location, region, size), a in found.by_location(*GLOBAL, *EXCHANGES).items():
+        where = " < ".join(re.findall(r"[\w.]+\.py:\d+", location)) or location
+        text = f"{kind} {region} {where}: {a.requests / found.blocks:.0f} requests of {size} bytes a lane, "
+        if region:
+            text += f"{a.sectors / found.blocks:.0f} sectors where {a.fewest / found.blocks:.0f} hold what is used"
+        else:
+            text += f"{a.wavefronts / found.blocks:.0f} wavefronts where {a.least / found.blocks:.0f} are the fewest"
+        told.append((a.sectors if region else a.wavefronts, text))
+    return [text for _, text in sorted(told, reverse=True)]
 
 
-class Cost(NamedTuple):
-    """Of a tile: bytes that have to be moved, bytes that come from the L2 cache, instructions of a warp, operations of
-    products with the zeros of their bands, and cache lines that are touched."""
-
-    tile: str
-    bytes: float
-    from_l2: float
-    executed: Counter[str]
-    products: float
-    lines: float
+def rows(case: Case, target: str) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return [row(case, found, arguments, target) for found, arguments in counted(case, target)]
 
 
-class Tile:
-    """What the three kernels have in common: a block of outputs and the window of source pixels that it reaches."""
-
-    def __init__(self, shape: Shape, arguments: dict[str, Any], warps: int) -> None:
-        self.shape, self.arguments, self.warps = shape, arguments, warps
-        self.itemsize, self.area = shape.dtype.itemsize, shape.scale**2
-        self.channels_last, self.sampled = shape.layout is LAST, shape.operator == "dlu_upsample"
-        self.outputs = arguments["BLOCK_H"] * arguments["BLOCK_W"]
-        self.window = 0
-        if "WINDOW_H" in arguments:
-            window = arguments["WINDOW_H"] * arguments["WINDOW_W"]
-            self.window = arguments["BLOCK_Q"] * math.ceil(window / arguments["BLOCK_Q"])
-        self.source = self.itemsize * shape.channels  # bytes of a source pixel, or an output
-        self.turns = math.ceil(shape.channels / arguments["BLOCK_C"])
-
-    def products(self, outputs: int, window: int) -> int:
-        return 2 * (3 if self.shape.dtype == WIDE else 1) * outputs * window * self.shape.channels
-
-    def kernels(self) -> int:
-        """Bytes of masks, logits, or kernel space and offsets, of a source pixel."""
-        taps = KERNEL**2
-        return self.itemsize * (taps + 2 * self.area if self.sampled else taps * self.area)
-
-    def normalised(self) -> int:
-        """The same where the kernel space has been normalised and its taps padded."""
-        return 2 * self.itemsize * self.area + 32 * min(self.itemsize, 4) if self.sampled else self.kernels()
-
-    def lines(self, rows: int, columns: int) -> float:
-        """Of so many pixels in rows of a map, of all its channels."""
-        if self.channels_last:
-            return rows * columns * math.ceil(self.source / LINE)
-        return self.shape.channels * rows * math.ceil(columns * self.itemsize / LINE)
-
-    def corners(self, outputs: int) -> int:
-        """Lines of the kernel space, of which each output reads four kernels."""
-        return 4 * outputs if self.sampled else 0
-
-
-def forward_cost(tile: Tile, program: Program) -> Cost:
-    """A run that begins anywhere may touch one more line."""
-    a, pixels = tile.arguments, tile.outputs / tile.area
-    if tile.channels_last:
-        window = tile.lines(1, tile.window)
-    else:
-        rows = tile.window / a["WINDOW_W"]
-        window = tile.shape.channels * rows * (1 + (a["WINDOW_W"] - 2) * tile.itemsize / LINE)
-    return Cost(
-        f"{a['BLOCK_H']} x {a['BLOCK_W']}",
-        pixels * (tile.source * (1 + tile.area) + tile.kernels()),
-        tile.window * tile.source + pixels * tile.normalised(),
-        program.executed(tile.turns),
-        tile.products(tile.outputs, tile.window),
-        tile.corners(tile.outputs) + window + tile.lines(a["BLOCK_H"], a["BLOCK_W"]),
-    )
-
-
-def features_cost(tile: Tile, program: Program) -> Cost:
-    """A step of a strip; strips begin with one step more."""
-    a, scale, steps = tile.arguments, tile.shape.scale, tile.arguments["steps"]
-    pixels, pieces = a["STEP_H"] * a["STRIP_W"], a["PIECES_H"] * a["PIECES_W"]
-    more, columns = (steps + 1) / steps, scale * (a["STRIP_W"] + KERNEL - 1)
-    outputs, rows = scale * a["STEP_H"] * columns, scale * a["STEP_H"]
-    if tile.channels_last:
-        read = tile.lines(rows, columns)
-    else:
-        read = tile.lines(rows, min(a["BLOCK_W"], columns)) * a["PIECES_W"]
-    executed = program.executed_by_step(pieces, "STG")
-    return Cost(
-        f"{a['STEP_H']} x {a['STRIP_W']}",
-        pixels * (tile.source * (1 + tile.area) + tile.normalised()),
-        more * (outputs * tile.source + outputs / tile.area * tile.normalised()),
-        Counter({name: round(more * tile.turns * count) for name, count in executed.items()}),
-        more * tile.products(pieces * tile.outputs, 2 * pixels),
-        more * (tile.corners(outputs) * tile.turns + read) + tile.lines(a["STEP_H"], a["STRIP_W"]),
-    )
-
-
-def kernels_cost(tile: Tile, program: Program) -> Cost:
-    """By the window of cells, with no output apart; additions to memory are not in the lines, and in bytes once."""
-    a, pixels = tile.arguments, tile.outputs / tile.area
-    gradients = 4 * 32 + 2 * tile.itemsize * tile.area if tile.sampled else tile.kernels()
-    read = tile.normalised() if tile.shape.operator != "carafe" else 0
-    return Cost(
-        f"{a['BLOCK_H']} x {a['BLOCK_W']}",
-        pixels * (tile.source * (1 + tile.area) + read + gradients),
-        tile.window * tile.source + tile.outputs * tile.source + pixels * read,
-        program.executed(tile.turns, "REDG" if tile.sampled else ""),
-        tile.products(tile.outputs, tile.window),
-        tile.corners(tile.outputs) + tile.lines(a["BLOCK_H"], a["BLOCK_W"]) + tile.lines(a["WINDOW_H"], a["WINDOW_W"]),
-    )
-
-
-def rows() -> Any:
-    for backward, shapes in ((False, SHAPES), (True, BACKWARD_SHAPES)):
-        for shape in shapes:
-            for name, (kernel, arguments) in launches(shape, backward=backward).items():
-                if name.startswith("reassemble"):
-                    yield row(name, shape, kernel, arguments)
+TABLE = (
+    "case", "kernel", "block", "bytes", "traffic", "load", "store", "conflicts", "instructions",
+    "L2", "wavefronts", "issue", "tensor cores", "limit", "of a copy", "registers", "warps",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", help="of the cases to count, such as backward or NCHW; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--lines", action="store_true", help="below each row, the source lines with the most traffic")
+    parser.add_argument("--target", default="sm_90", help="what to compile for, as sm_90")
     options = parser.parse_args()
-    triton.runtime.driver.set_active(StubDriver(GPUTarget("cuda", 90, 32)))
     if not options.json:
-        print("| " + " | ".join(TABLE) + " |\n|" + " --- |" * 6 + " ---: |" * (len(TABLE) - 6))
-    for found in rows():
-        cells = "| " + " | ".join(str(found[name]) for name in TABLE) + " |"
-        print(json.dumps(found) if options.json else cells, flush=True)
+        print("| " + " | ".join(TABLE) + " |\n|" + " --- |" * 3 + " ---: |" * (len(TABLE) - 3))
+    cases, printed = [case for case in CASES if set(options.words) <= set(str(case).split())], set()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for found in chain.from_iterable(pool.map(rows, cases, [options.target] * len(cases))):
+            if options.json:
+                print(json.dumps(found), flush=True)
+                continue
+            figures = " | ".join(str(found[name]) for name in TABLE[1:])
+            if figures not in printed:  # launches that several cases have in common
+                print(f"| {found['case']} | {figures} |", flush=True)
+                printed.add(figures)
+                if options.lines:
+                    print("\n".join(f"    {line}" for line in found["lines"][:16]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every kernel, compiled as the operators launch it, fits each target: no spills, no local memory, shared memory."""
+"""Every kernel, compiled as the operators launch it, fits each target: no spills, enough shared memory."""
 
 import json
 import os
@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import triton
 
-PAGE, PINS = (Path(__file__).parents[1] / name for name in ("docs/kernels.md", "constraints.txt"))
+ROOT = Path(__file__).parents[1]
+PAGE, NOTES, PINS = (ROOT / name for name in ("docs/kernels.md", "bench/NOTES.md", "constraints.txt"))
 SCRIPT, MODEL = (Path(__file__).with_name(name) for name in ("compile_kernels.py", "cost_model.py"))
 KERNELS = {
     "softmax_forward", "softmax_backward", "sample_forward", "sample_backward",
     "reassemble_forward", "reassemble_backward_features", "reassemble_backward_kernels",
     "cam_partial_maps", "cam_channels", "cam_finish",
 }  # fmt: skip
-# Bytes of shared memory that one block may have; sm_86 and sm_89, which run sm_80 code, have 99 KB of it.
-SHARED = {"cuda:90": 227 * 1024, "cuda:80": 99 * 1024, "cuda:100": 227 * 1024, "hip:gfx942": 64 * 1024}
+TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
+# Bytes of shared memory that a block may have; sm_86 and sm_89, which run sm_80 code, have 99 KB of it.
+SHARED = {
+    "cuda:75": 64 * 1024, "cuda:80": 99 * 1024, "cuda:86": 99 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024,
+    "cuda:120": 99 * 1024, "hip:gfx942": 64 * 1024,
+}  # fmt: skip
 
 # With --long: corners that spill a few registers on GPUs that nobody has tuned for, and the most bytes they take.
 SPILLED = {
@@ -33,17 +38,12 @@ SPILLED = {
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    return rows_of(SCRIPT, *SHARED, *["--corners"] * request.config.getoption("--long"))
+    return rows_of(SCRIPT, *TARGETS, *["--corners"] * request.config.getoption("--long"))
 
 
 @pytest.fixture(scope="module")
-def models():
+def model():
     return rows_of(MODEL, "--json")
-
-
-@pytest.fixture(scope="module")
-def model(models):
-    return [row for row in models if row["kernel"] == "reassemble_forward"]
 
 
 def rows_of(script, *arguments):
@@ -55,17 +55,14 @@ def rows_of(script, *arguments):
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
     assert {row["kernel"] for row in rows} == KERNELS
     problems = [
-        f"{row['kernel']} [{row['case']}]: {row['spills']} spills, {row['local']} bytes of local memory, "
-        f"{row['shared']} bytes of shared memory"
+        f"{row['kernel']} [{row['case']}]: {row['local']} bytes of local memory, {row['shared']} of shared memory"
         for row in rows
-        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0)
-        or (row["spills"] and not row["local"])
-        or row["shared"] > SHARED[target]
+        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0) or row["shared"] > SHARED[target]
     ]
     assert not problems, "\n".join(problems)
 
@@ -81,115 +78,97 @@ def test_half_precision_reassembles_on_tensor_cores(compiled):
     assert not scalar, "\n".join(scalar)
 
 
+def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
+    """Where it is least; with --long everywhere, and every operator."""
+    long = request.config.getoption("--long")
+    targets = ("cuda:75", "cuda:86", *["cuda:90", "cuda:120"] * long)
+    rows = rows_of(SCRIPT, "--shared", *targets, *["--corners"] * long)
+    assert {row["target"] for row in rows} == set(targets)
+    large = [row for row in rows if row["shared"] > SHARED[row["target"]]]
+    assert not large, "\n".join(f"{row['target']} {row['kernel']} [{row['case']}]: {row['shared']}" for row in large)
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# The forward pass on sm_90: budgets that leave memory as its limit
+# What kernels do on sm_90
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def over_budget(rows, resource, share):
-    return [
-        f"{row['operator']} {row['dtype']} {row['layout']} C {row['channels']} s {row['scale']}: {row[resource]}"
-        for row in rows
-        if row[resource] > share
-    ]
-
-
-@pytest.mark.parametrize(
-    ("resource", "share"),
-    [("instructions", 0.9), ("tensor cores", 0.75), ("shared memory", 0.65), ("cache lines", 1.15)],
-)
-def test_wide_maps_are_not_limited_by(resource, share, model):
-    """Shares of the time that the bytes of a tile take; of maps with 256 channels."""
-    rows = [row for row in model if row["channels"] == 256]
-    assert len(rows) == 20
-    assert not over_budget(rows, resource, share)
-
-
-def test_narrow_maps_are_limited_by_instructions(model):
-    """64 channels do not amortise the kernels of an output; how far from it is kept from growing."""
-    rows = [row for row in model if row["channels"] == 64]
-    assert len(rows) == 8
-    assert not over_budget(rows, "instructions", 1.75)
-    assert not over_budget(rows, "tensor cores", 0.5)
-    assert not over_budget(rows, "shared memory", 1.25)
-    assert not over_budget(rows, "cache lines", 1.6)
+def test_counts_are_those_in_the_notes(model):
+    """The table in bench/NOTES.md is the budget: what a kernel does more fails, and so does less that is not noted.
+    Counts do not vary, so there is nothing to spare but what rounding hides."""
+    if f"triton=={triton.__version__}" not in PINS.read_text().split():
+        pytest.skip("counted with the pinned Triton")
+    lines = [line.strip("|").split("|") for line in NOTES.read_text().splitlines()]
+    lines = [[cell.strip() for cell in line] for line in lines]
+    names = next(line for line in lines if line[:2] == ["case", "kernel"])
+    noted = {tuple(line[:2]): line for line in lines if len(line) == len(names) and line[0] not in ("case", "---")}
+    figures, differ = [line[1:] for line in noted.values()], []
+    for row in model:
+        line = noted.pop((row["case"], row["kernel"]), None)
+        if [str(row[name]) for name in names[1:]] in figures:  # several cases may have it in common
+            continue
+        if line is None:
+            differ.append(f"{row['case']} {row['kernel']}: not in the table")
+            continue
+        for name in ("L2", "wavefronts", "issue", "tensor cores", "registers"):
+            figure = float(line[names.index(name)])
+            if abs(row[name] - figure) > 0.011:
+                differ.append(f"{row['case']} {row['kernel']}: {name} {row[name]}, noted as {figure}")
+    assert not differ, "\n".join([*differ, "python tests/cost_model.py writes the table"])
+    assert not noted
 
 
 def test_enough_warps_hide_latency(model):
-    few = [f"{row['dtype']} {row['layout']} s {row['scale']}: {row['warps']}" for row in model if row["warps"] < 12]
+    least = {"reassemble_forward": 12, "reassemble_backward_features": 8, "reassemble_backward_kernels": 8}
+    rows = [row for row in model if row["kernel"] in least]
+    assert len(rows) == 52
+    few = [f"{row['case']} {row['kernel']}: {row['warps']}" for row in rows if row["warps"] < least[row["kernel"]]]
     assert not few, "\n".join(few)
 
 
-def test_streams_are_wide(model):
-    """Outputs leave 16 bytes at a time; features arrive so where channels are innermost, else in pairs of columns."""
+def test_reassembly_multiplies_matrices_and_streams_are_wide(model):
+    """Maps are read and written 16 bytes at a time; in NCHW in pairs of columns where windows begin at even ones, and
+    one by one where the width is odd."""
     for row in model:
-        case = f"{row['operator']} {row['dtype']} {row['layout']} C {row['channels']} s {row['scale']}"
-        assert row["wgmma"] > 0, case
-        assert row["narrow stores"] == 0, case
-        assert row["wide stores"] == row["output bytes"] // (16 * 32 * row["program warps"]), case
-        if row["operator"] == "dlu_upsample":  # but for its offsets
-            assert row["scalar loads"] <= 4, case
-        kind, size = ("wide loads", 16) if row["layout"] == "channels_last" else ("pair loads", row["pair bytes"])
-        assert row[kind] >= row["feature bytes"] // (size * 32 * row["program warps"]), case
+        if not row["kernel"].startswith("reassemble"):
+            continue
+        case = f"{row['case']} {row['kernel']}"
+        assert row["tensor cores"] > 0, case
+        pair = 2 * {"bfloat16": 2, "float32": 4}[row["dtype"]]
+        for access, sizes in row["widths"].items():
+            name = access.split()[1]
+            if name not in ("features_ptr", "output_ptr", "grad_output_ptr", "grad_features_ptr"):
+                continue
+            least = 16
+            if row["layout"] == "NCHW":
+                if row["width"] % 2:
+                    least = pair // 2
+                elif name == "features_ptr":
+                    least = pair
+                elif name == "grad_output_ptr" and row["kernel"] == "reassemble_backward_features":
+                    least = min(16, row["scale"] * pair)  # strips begin two source pixels early
+                elif row["width"] % 4:
+                    least = 8
+            assert set(sizes) == {str(least)}, f"{case}: {access} {sizes}"
+        if row["operator"] == "dlu_upsample":  # masks and logits have taps that are far from each other, or odd
+            assert set(row["widths"]["ld.global kernels_ptr"]) == {"16"}, case
 
 
 def test_odd_widths_take_a_loop_of_their_own(model):
     """In NCHW: of maps whose rows come in runs of 16 bytes, of even ones, and of odd ones, the slowest."""
-    for row in model:
-        case = f"{row['operator']} {row['dtype']} {row['layout']} C {row['channels']} s {row['scale']}"
-        if row["layout"] == "channels_last":
-            assert len(row["turns"]) <= 1, case  # unrolled with 64 channels
-        elif row["channels"] == 256 and row["scale"] == 2 and row["dtype"] == "bfloat16":
-            wide, even, odd = row["turns"]
-            assert even <= 1.3 * wide, case
-            assert odd <= 3.2 * wide, case
-            if row["operator"] == "dlu_upsample" and f"triton=={triton.__version__}" in PINS.read_text().split():
-                page = " ".join(PAGE.read_text().split())
-                assert [f"bytes | {turn} |" in page for turn in row["turns"]] == [True] * 3, row["turns"]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The backward pass on sm_90
-# ---------------------------------------------------------------------------------------------------------------
-
-FEATURES, TAPS = "reassemble_backward_features", "reassemble_backward_kernels"  # whose gradients they find
-
-
-@pytest.mark.parametrize(
-    ("kernel", "resource", "half", "float32"),
-    [
-        (FEATURES, "instructions", 0.95, 0.95), (TAPS, "instructions", 1.15, 1.0),
-        (FEATURES, "tensor cores", 0.6, 1.7), (TAPS, "tensor cores", 0.3, 0.85),
-        (FEATURES, "shared memory", 0.5, 0.5), (TAPS, "shared memory", 0.65, 0.7),
-        (FEATURES, "from L2", 1.75, 1.75), (TAPS, "from L2", 1.55, 1.9),
-    ],
-)  # fmt: skip
-def test_gradients_stay_near_the_rate_of_memory(kernel, resource, half, float32, models):
-    """Shares of the time that their bytes take; where 1 is passed, bench/NOTES.md says what follows. Softmax of logits
-    is taken again for every output in reach, see `test_logits_cost_instructions`."""
-    rows = [row for row in models if row["kernel"] == kernel and row["operator"] != "carafe_upsample"]
-    assert len(rows) == 10
-    assert not over_budget([row for row in rows if row["dtype"] != "float32"], resource, half)
-    assert not over_budget([row for row in rows if row["dtype"] == "float32"], resource, float32)
-
-
-def test_logits_cost_instructions(models):
-    rows = [row for row in models if row["kernel"] == FEATURES and row["operator"] == "carafe_upsample"]
-    assert len(rows) == 2
-    assert not over_budget(rows, "instructions", 1.3)
-
-
-def test_gradients_use_tensor_cores_and_wide_loads(models):
-    rows = [row for row in models if row["kernel"] in (FEATURES, TAPS)]
-    assert len(rows) == 24
-    for row in rows:
-        case = f"{row['kernel']} {row['operator']} {row['dtype']} {row['layout']} s {row['scale']}"
-        assert row["wgmma"] > 0, case
-        if row["layout"] == "channels_last" or row["operator"] == "dlu_upsample":  # else blocks begin at fours
-            assert row["wide loads"] > 0, case
-        assert row["warps"] >= 8, case
-        # Of offsets, two for each piece of outputs; masks and logits have taps that are far from each other, or odd.
-        assert row["scalar loads"] <= (3 * row["scale"] ** 2 if row["operator"] == "dlu_upsample" else 40), case
+    counts = {
+        (row["layout"], row["width"]): row["instructions"]
+        for row in model
+        if row["kernel"] == "reassemble_forward" and row["operator"] == "dlu_upsample"
+        and (row["dtype"], row["channels"], row["scale"]) == ("bfloat16", 256, 2)
+    }  # fmt: skip
+    assert len({counts["channels_last", width] for width in (166, 167, 168)}) == 1
+    wide, even, odd = (counts["NCHW", width] for width in (168, 166, 167))
+    assert even <= 1.05 * wide
+    assert odd <= 1.6 * wide
+    if f"triton=={triton.__version__}" in PINS.read_text().split():
+        page = " ".join(PAGE.read_text().split())
+        assert [f"bytes | {count} |" in page for count in (wide, even, odd)] == [True] * 3, (wide, even, odd)
 
 
 # ---------------------------------------------------------------------------------------------------------------
