@@ -640,11 +640,11 @@ OF_A_COPY = "“Of a copy” is the rate of the bytes that have to be moved over
 CASES = "s is the scale factor, k the kernel size; an empty cell was not measured."
 GPU_CASES, CPU_CASES = TABLES / "gpu.md", TABLES / "cpu.md"
 PAGES = {  # whose blocks are written, by their names
-    "README.md": ("train-short", "gpu-short"),
+    "README.md": ("train-short", "gpu-short", "emulated"),
     "docs/choosing.md": ("train",),
     "docs/explain.md": ("explain",),
     "docs/performance.md": ("gpu", "cpu", "host"),
-    "docs/promises.md": ("errors",),
+    "docs/promises.md": ("errors", "emulated"),
 }
 
 
@@ -668,8 +668,7 @@ def gpu(run: Run | None) -> str:
 
 def gpu_short(run: Run | None) -> str:
     if run is None:
-        where = "No kernel has run on a GPU yet: they are compiled for GPUs, and tested in Triton's interpreter."
-        return f"**Speed on a GPU: not measured. {where}**"
+        return "**Speed on a GPU: not measured. No kernel has run on hardware yet.**"
     return f"Speed on a GPU: {_gpu_machine(run)}\n\n{targets(run, '<code>dlu_upsample</code> forward', TARGETS)}"
 
 
@@ -851,8 +850,7 @@ def accuracy(root: Path, *, allow_dirty: bool) -> str:
         return "Not measured yet:\n\n    python bench/errors.py && python bench/report.py"
     figures = Fields(str(path), json.loads(root.joinpath(path).read_text()))
     machine, rows = Fields(str(path), figures["machine"]), figures["errors"]
-    if not allow_dirty and (machine["commit"] is None or machine["dirty"]):
-        raise ValueError(f"{path} must be measured at a commit, got {machine['commit']!r}: commit, then measure again")
+    _at_a_commit(path, machine, allow_dirty)
     interpreter = "Triton's interpreter on a CPU, **not a GPU's arithmetic** (it truncates to bfloat16, a GPU rounds)"
     where = machine["gpu"] or interpreter
     cases = sum(row["cases"] for row in rows)
@@ -874,6 +872,40 @@ def accuracy(root: Path, *, allow_dirty: bool) -> str:
             table.append(cells)
         parts.append(markdown(["", *columns], table, 1))
     return "\n\n".join(parts)
+
+
+def _at_a_commit(path: Path, machine: Any, allow_dirty: bool) -> None:
+    if not allow_dirty and (machine["commit"] is None or machine["dirty"]):
+        raise ValueError(f"{path} must be measured at a commit, got {machine['commit']!r}: commit, then measure again")
+
+
+EMULATED = RESULTS / "emulated.json"
+EMULATED_ROWS = {
+    "results of `python -m dlu_triton verify` within bounds": "results",
+    "tests passed": "tests",
+    "launches": "launches",
+}
+
+
+def emulated(root: Path, *, allow_dirty: bool) -> str:
+    """What ran in the emulator, for each target."""
+    if not root.joinpath(EMULATED).exists():
+        return "Not run yet:\n\n    python bench/emulated.py --record && python bench/report.py"
+    figures = Fields(str(EMULATED), json.loads(root.joinpath(EMULATED).read_text()))
+    machine, targets = Fields(str(EMULATED), figures["machine"]), figures["targets"]
+    _at_a_commit(EMULATED, machine, allow_dirty)
+    wrong = [f"{target}: {row['failed'] + row['findings']}" for target, row in targets.items()
+             if row["failed"] + row["findings"]]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{EMULATED} must be of a run without failures, got {'; '.join(wrong)}")
+    text = (
+        f"The kernels as Triton {machine['triton']} compiles them ran in an emulator of PTX (`tests/emulator`). "
+        "It checks values, bounds, alignment, shared memory, barriers, fences and races, and found no fault "
+        f"(torch {machine['torch']}, commit {machine['commit'][:12]}, `{EMULATED}`). It cannot show speed, the work of "
+        "`ptxas`, or the last bits of tensor cores."
+    )
+    rows = [[title, *(f"{row[name]:,}" for row in targets.values())] for title, name in EMULATED_ROWS.items()]
+    return f"{text}\n\n{markdown(['', *targets], rows, 1)}"
 
 
 def read_training(root: Path, *, allow_dirty: bool) -> dict[str, Any] | None:
@@ -1066,6 +1098,7 @@ def outputs(root: Path, *, allow_dirty: bool) -> dict[Path, str]:
     trained = read_training(root, allow_dirty=allow_dirty)
     blocks = {"explain": explanations(root), "gpu": gpu(on_gpu), "cpu": cpu(on_cpu), "host": host(on_host)}
     blocks |= {"train": training(trained), "errors": accuracy(root, allow_dirty=allow_dirty)}
+    blocks["emulated"] = emulated(root, allow_dirty=allow_dirty)
     blocks |= {"train-short": training_short(trained), "gpu-short": gpu_short(on_gpu)}
     found = {}
     for page, names in PAGES.items():

@@ -109,7 +109,7 @@ def plain(path):
 
 
 def block(root, name):
-    (page,) = (page for page, names in report.PAGES.items() if name in names)
+    page = next(page for page, names in report.PAGES.items() if name in names)
     return re.search(rf"<!-- {name}: .*?<!-- end -->", plain(root / page), re.DOTALL)[0]
 
 
@@ -156,7 +156,8 @@ def test_not_measured_yet(root, drawn):
         assert command in block(root, name)
     assert "![" not in block(root, "gpu")
     assert not root.joinpath("docs", "plots").exists()
-    assert "**Speed on a GPU: not measured. No kernel has run on a GPU yet: " in block(root, "gpu-short")
+    assert "**Speed on a GPU: not measured. No kernel has run on hardware yet.**" in block(root, "gpu-short")
+    assert "python bench/emulated.py --record" in block(root, "emulated")
     for page in report.PAGES:
         text = root.joinpath(page).read_text()
         assert text.startswith("Before\n")
@@ -734,6 +735,31 @@ def test_errors(root):
         ["upsampling, float32", "4.0e+00 (4.0e+01)", "2.0e+00 (2.0e+01)", "3.0e+00 (3.0e+01)", "6.0e+00 (6.0e+01)"],
     ]
     assert second[1]["map"] == "7.0e+00 (7.0e+01)"
+
+
+def write_emulated(root, findings=(), **machine):
+    rows = {target: {"results": 970, "tests": number, "skipped": 1, "launches": 12345, "failed": []}
+            | {"findings": list(findings)} for number, target in enumerate(("sm_80", "sm_90"))}  # fmt: skip
+    root.joinpath(report.EMULATED).write_text(json.dumps({"machine": MACHINE | machine, "targets": rows}))
+
+
+def test_emulated(root):
+    write_emulated(root)
+    report.main([], root)
+    text = block(root, "emulated")
+    assert "as Triton 7.8 compiles them" in text
+    assert "(torch 5.6, commit 0123456789ab, `bench/results/emulated.json`)" in text
+    assert [list(row.values())[1:] for row in table(text[text.index("\n|  |") :])] == [
+        ["970", "970"], ["0", "1"], ["12,345", "12,345"],
+    ]  # fmt: skip
+    write_emulated(root, findings=["a race"])
+    with pytest.raises(
+        ValueError, match=r"^bench/results/emulated\.json must be of a run without failures, got .*race"
+    ):
+        report.main([], root)
+    write_emulated(root, dirty=True)
+    with pytest.raises(ValueError, match=r"^bench/results/emulated\.json must be measured at a commit, got"):
+        report.main([], root)
 
 
 def test_errors_of_no_commit_are_refused(root):
