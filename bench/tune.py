@@ -171,7 +171,7 @@ def chosen(table: str, variant: Variant, case: Case) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for tile in (_launch.gather_tile, _launch.kernel_tile):
+    for tile in (_launch.forward_tile, _launch.gather_tile, _launch.kernel_tile):
         tile.cache_clear()
     _launch.forget_launches()
 

@@ -231,7 +231,7 @@ def warps_for(kernel_size: int, outputs: int = 0) -> int:
 
 
 def operand_bytes() -> int:
-    """Of shared memory, what the operands that a program keeps there may take on the current GPU: three quarters."""
+    """Bytes of shared memory for the operands of a program: three quarters of what a program has on the current GPU."""
     if INTERPRETED:
         return 2**20
     driver = triton.runtime.driver.active
@@ -271,9 +271,15 @@ FORWARD_TILES = {
 }
 
 
-def forward_tile(scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool) -> tuple[Tile, int]:
-    """Tile and warps of the forward pass. Windows start at even columns and are even in width, to load pairs."""
-    entry, most_bytes = FORWARD_TILES.get((itemsize, channels_last, scale_factor)), operand_bytes()
+@cache
+def forward_tile(
+    scale_factor: int, kernel_size: int, itemsize: int, channels_last: bool, most_bytes: float = math.inf
+) -> tuple[Tile, int]:
+    """Tile and warps of the forward pass, with bands of at most `most_bytes`.
+
+    Windows start at even columns and are even in width, to load pairs.
+    """
+    entry = FORWARD_TILES.get((itemsize, channels_last, scale_factor))
     if entry is not None and kernel_size == 5:
         block_h, block_w, block_q, warps = entry
         tile = Tile(block_h, block_w, *window(block_h, block_w, scale_factor, kernel_size), block_q)
@@ -299,7 +305,7 @@ def _piece(pixels: int, itemsize: int) -> int:
 
 
 def band_bytes(tile: Tile, itemsize: int) -> int:
-    """Of shared memory, for the bands of a tile's pieces: the compiler makes all before the loop over channels."""
+    """Shared memory of all bands of a tile: the compiler builds every band before the loop over channels."""
     pieces = cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
     return pieces * tile.BLOCK_Q * tile.BLOCK_H * tile.BLOCK_W * operand_size(itemsize)
 
@@ -307,7 +313,7 @@ def band_bytes(tile: Tile, itemsize: int) -> int:
 @cache
 def output_tile(scale_factor: int, kernel_size: int, itemsize: int, most_bytes: float = math.inf) -> Tile:
     """The tile whose product wastes least: few window pixels, in one piece, shared by many outputs. Its bands take at
-    most so many bytes."""
+    most `most_bytes`, or as few as can be."""
     most = min(128 if itemsize == 2 else 64, _most_outputs(kernel_size, itemsize))
     tiles = []
     for block_h in (2, 4, 8, 16):
@@ -317,13 +323,11 @@ def output_tile(scale_factor: int, kernel_size: int, itemsize: int, most_bytes: 
                 tiles.append(Tile(block_h, block_w, window_h, window_w, _piece(window_h * window_w, itemsize)))
 
     def cost(tile: Tile) -> float:
-        if band_bytes(tile, itemsize) > most_bytes:
-            return math.inf
         pieces = cdiv(tile.WINDOW_H * tile.WINDOW_W, tile.BLOCK_Q)
         per_output = pieces * tile.BLOCK_Q * (1 + 128 / (tile.BLOCK_H * tile.BLOCK_W))  # products, and loads
         return per_output if pieces == 1 else 2 * per_output  # the band is built again for each channel block
 
-    return min(tiles, key=lambda tile: (cost(tile), -tile.BLOCK_W))
+    return min(tiles, key=lambda tile: (max(band_bytes(tile, itemsize), most_bytes), cost(tile), -tile.BLOCK_W))
 
 
 def cells(dtype: torch.dtype) -> int:
@@ -450,15 +454,22 @@ def _gather_warps(channels: int, itemsize: int, kernel_size: int) -> int:
 
 
 def gather_channels(
-    tile: GatherTile, itemsize: int, channels_per_group: int, kernel_size: int, programs: int, run: int
+    tile: GatherTile,
+    itemsize: int,
+    channels_per_group: int,
+    kernel_size: int,
+    programs: int,
+    run: int,
+    most_bytes: float = math.inf,
 ) -> tuple[int, int]:
     """Channels and warps of a program of the feature gradient: all of a group where that leaves enough programs, as
-    each program makes the kernels again. `run` elements are side by side wherever it reads and writes."""
+    each program makes the kernels again. `run` elements are side by side wherever it reads and writes; those of the
+    output's gradient take at most `most_bytes` of shared memory."""
     block = channel_block(tile.channels, channels_per_group)
     short = itemsize == 2 and run < 4
     if short:  # as many addresses: 256 channels, or 128 in four warps, spill
         block = min(block, 128)
-    outputs, most_bytes = tile.strip.BLOCK_H * tile.strip.BLOCK_W, operand_bytes()
+    outputs = tile.strip.BLOCK_H * tile.strip.BLOCK_W
     while block > 64 and (
         programs * cdiv(channels_per_group, block) < ENOUGH_PROGRAMS // 4
         or block * outputs * operand_size(itemsize) > most_bytes
@@ -530,8 +541,8 @@ class PlaneTile(NamedTuple):
 # Pixels of all partial maps of one map, which every program that finishes it may have to read. Not measured.
 MOST_PARTIAL_PIXELS = 2**16
 
-# Pixels of a map up to which each program that finishes it adds up the partial maps for itself. Beyond, a launch of its
-# own does that first: for 32 maps of 56 x 56 that is 31 + 3 microseconds instead of 45 by counts, see bench/NOTES.md.
+# Up to so many pixels of a map, each program that finishes it adds up the partial maps for itself. Beyond, one more
+# launch adds them first: for 32 maps of 56 x 56, 31 + 3 microseconds instead of 45 by counts, see bench/NOTES.md.
 MOST_PIXELS_ADDED_AGAIN = 1024
 
 # Slices, raw pixels and output pixels that a finishing program takes at a time.

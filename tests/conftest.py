@@ -83,7 +83,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+    return torch.device("cpu" if ON_CPU or not torch.cuda.is_available() else "cuda")
 
 
 @pytest.fixture(params=("kernels", "eager path"))

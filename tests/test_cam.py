@@ -463,7 +463,7 @@ def test_result_is_float32_or_float64(dtype, library, device):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_launches(method, device, monkeypatch):
-    """Two, whatever is asked for; three where a plane does not fit one program and its channels have to be weighed."""
+    """Two for small maps, whatever is asked for; three if a plane does not fit a program and channels are weighed."""
     launched = []
     for name in ("cam_partial_maps", "cam_channels", "cam_finish"):
         kernel = getattr(cam_ops._cam_kernels, name)

@@ -751,19 +751,28 @@ def test_tf32_only_where_the_user_allows_it(monkeypatch):
     assert _launch.precision(torch.float32) == "ieee"
 
 
-@pytest.mark.parametrize("name", ("features", "masks", "grad_output"))
-def test_float32_of_small_magnitude(name, device):
+@pytest.mark.parametrize("repeats", (False, True), ids=("", "deterministic"))
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("carafe", "features"), ("carafe", "masks"), ("carafe_upsample", "grad_output"), ("dlu_upsample", "features"),
+     ("dlu_upsample", "grad_output"), ("expand_kernels", "grad_output")],
+)  # fmt: skip
+def test_float32_of_small_magnitude(operator, name, repeats, device):
     """As exact as others down to what docs/promises.md says; below, TF32 does not hold the low parts."""
-    case = Case("", channels=16, height=3, width=4, kernel_size=3)
-    arguments = _verify.inputs("carafe", case, torch.float32, device)
-    arguments[name] *= 2.0**-115 / arguments[name].abs().max()
-    exact = {each: value.double() for each, value in arguments.items()}
-    eager, kernels = (_verify.function("carafe", case, eager=eager) for eager in (True, False))
-    truth, twin, found = (
-        _verify.results(call, given) for call, given in ((eager, exact), (eager, arguments), (kernels, arguments))
-    )
-    for result, comparison in _verify.comparisons(truth, twin, found).items():
-        assert comparison.passed, f"{result}: {comparison}"
+    for seed in range(3):
+        case = Case("", channels=16, height=4, width=4, kernel_size=3, seed=seed)
+        arguments = _verify.inputs(operator, case, torch.float32, device)
+        arguments[name] *= 2.0**-112 / arguments[name].abs().max()
+        exact = {each: value.double() for each, value in arguments.items()}
+        eager, kernels = (_verify.function(operator, case, eager=eager) for eager in (True, False))
+        truth, twin = _verify.results(eager, exact), _verify.results(eager, arguments)
+        torch.use_deterministic_algorithms(repeats)
+        try:
+            found = _verify.results(kernels, arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for result, comparison in _verify.comparisons(truth, twin, found).items():
+            assert comparison.passed, f"{result}: {comparison}"
 
 
 @triton.jit

@@ -169,6 +169,7 @@ def cam_partial_maps(
             )  # fmt: skip
             total = tl.sum(a, 0)  # [C]
             terms = _terms(a, g, total, METHOD, EPS, ACC)
+            # Lanes may hold sums that differ in the last bit. Which lane computes or stores an element is fixed.
             contribution = tl.sum(terms, 0)
             weight = contribution
             if WEIGHS:
@@ -305,15 +306,14 @@ def cam_finish(
 ):  # fmt: skip
     """Partial maps -> raw map and map, of which a program writes `outputs_per_program` pixels.
 
-    Without `partials_ptr` the raw map is there already. Else a program adds up what it reads: with resize or
-    normalisation the whole raw map, of which all programs of a map then write the same values.
+    Without `map_ptr` the raw map alone. Without `partials_ptr` the raw map is there already. Else a program adds up
+    what it reads: with resize or normalisation the whole raw map, of which all programs of a map write the same values.
     """
     program = tl.program_id(0)
     tile = program % tiles
     cam = (program // tiles).to(tl.int64)
     pixels, outputs = height * width, out_height * out_width
     raw_ptr += cam * pixels
-    map_ptr += cam * outputs
     start = tile * outputs_per_program
     stop = start + min(outputs_per_program, outputs - start)  # never beyond 32 bits
 
@@ -332,33 +332,36 @@ def cam_finish(
             tl.store(raw_ptr + p, raw, mask=p < last_pixel)
         tl.debug_barrier()  # the raw map is read back below, by other threads of the program
 
-    if NORMALIZE:
-        # A resized map is bilinear between source pixels, so its extremes are among the outputs next to them.
-        columns, candidates = out_width, outputs
-        if CORNERS:
-            columns = 2 * (width + 1)
-            candidates = 2 * (height + 1) * columns
-        lowest = tl.full([BLOCK_O], float("inf"), ACC)
-        highest = tl.full([BLOCK_O], float("-inf"), ACC)
-        unordered = tl.zeros([BLOCK_O], tl.int32)  # minimum and maximum drop NaN
-        for first in range(0, candidates, BLOCK_O):
-            index = first + tl.arange(0, BLOCK_O)  # [O]
-            valid = index < candidates
-            y, x = index // columns, index % columns
-            if CORNERS:
-                y, x = _corner(y, height, out_height, ACC), _corner(x, width, out_width, ACC)
-            value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
-            unordered += (valid & (value != value)).to(tl.int32)
-            lowest = tl.minimum(lowest, tl.where(valid, value, float("inf")))
-            highest = tl.maximum(highest, tl.where(valid, value, float("-inf")))
-        low, high = tl.min(lowest, 0), tl.max(highest, 0)
-        span = tl.where(tl.max(unordered, 0) > 0, float("nan"), high - low)
-    for first in range(start, stop, BLOCK_O):
-        index = first + tl.arange(0, BLOCK_O)  # [O]
-        valid = index < stop
-        y, x = index // out_width, index % out_width
-        value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+    if map_ptr is not None:
+        map_ptr += cam * outputs
         if NORMALIZE:
-            value = tl.where(span == 0, 0.0, _divide(value - low, tl.where(span == 0, 1.0, span), ACC))
-            value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # the extremes are exact up to rounding
-        tl.store(map_ptr + index, value, mask=valid)
+            # A resized map is bilinear between source pixels, so its extremes are among the outputs next to them.
+            columns, candidates = out_width, outputs
+            if CORNERS:
+                columns = 2 * (width + 1)
+                candidates = 2 * (height + 1) * columns
+            lowest = tl.full([BLOCK_O], float("inf"), ACC)
+            highest = tl.full([BLOCK_O], float("-inf"), ACC)
+            unordered = tl.zeros([BLOCK_O], tl.int32)  # minimum and maximum drop NaN
+            for first in range(0, candidates, BLOCK_O):
+                index = first + tl.arange(0, BLOCK_O)  # [O]
+                valid = index < candidates
+                y, x = index // columns, index % columns
+                if CORNERS:
+                    y, x = _corner(y, height, out_height, ACC), _corner(x, width, out_width, ACC)
+                value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+                unordered += (valid & (value != value)).to(tl.int32)
+                lowest = tl.minimum(lowest, tl.where(valid, value, float("inf")))
+                highest = tl.maximum(highest, tl.where(valid, value, float("-inf")))
+            low, high = tl.min(lowest, 0), tl.max(highest, 0)
+            span = tl.where(tl.max(unordered, 0) > 0, float("nan"), high - low)
+        for first in range(start, stop, BLOCK_O):
+            index = first + tl.arange(0, BLOCK_O)  # [O]
+            valid = index < stop
+            y, x = index // out_width, index % out_width
+            value = _map_pixels(raw_ptr, y, x, valid, height, width, out_height, out_width, RELU, RESIZE, ACC)
+            if NORMALIZE:
+                value = tl.where(span == 0, 0.0, _divide(value - low, tl.where(span == 0, 1.0, span), ACC))
+                # The extremes are exact up to rounding.
+                value = tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))
+            tl.store(map_ptr + index, value, mask=valid)

@@ -95,7 +95,8 @@ def _softmax(logits, KERNEL: tl.constexpr, TAPS: tl.constexpr):
 def _sum_of_products(a, b):
     """Sums over the taps of a * b, [M, TAPS] both: [M], the same bits in all lanes that hold one.
 
-    A product would be contracted with the first addition of another lane's, and be rounded in that one alone: + 0.0.
+    Without + 0.0 the compiler fuses a product with the first addition of the sum. Each lane then leaves another product
+    unrounded, and lanes differ.
     """
     return tl.sum(a * b + 0.0, axis=1)
 
@@ -320,7 +321,7 @@ def _sampling_adjoint(
             plane_ptr = _space_plane(grad_space_ptr, image, group, groups, height, width, LIMBS * TAPS)
             first, second = _fixed_point(tl.load(largest_ptr + image * groups + group), count_bits, False)
             grad_taps = grad_taps * first * second  # before products, whose TF32 parts lose digits of tiny values
-            # A tap that is padding counts programs that met NaN offsets, for `softmax_backward`.
+            # The last tap of the first cell is padding: it counts programs that saw NaN, for `softmax_backward`.
             unknown = tl.max((valid & ((fy != fy) | (fx != fx))).to(tl.int64), axis=0)
             tl.atomic_add(plane_ptr + TAPS - 1, unknown, mask=unknown > 0, sem="relaxed")
         # Outputs whose points stay in a window of cells around the tile are summed by a matrix product first, so that
@@ -332,7 +333,8 @@ def _sampling_adjoint(
             inside = (y0 >= window_y) & (y1 < window_y + CELLS) & (x0 >= window_x) & (x1 < window_x + CELLS)
             inside &= valid & (fy == fy) & (fx == fx)
             total = tl.zeros([BLOCK_H * BLOCK_W], ACC) + tl.sum(grad_taps)
-            inside &= tl.abs(total) < float("inf")  # else the product would spread what is not finite
+            # Else the product would spread what is not finite. Lanes that differ in the last bit agree about that.
+            inside &= tl.abs(total) < float("inf")
             apart = valid & ~inside
             if tl.max(inside.to(tl.int32), axis=0) > 0:
                 weights_y = _cell_weights(window_y, y0, y1, fy, inside, CELLS)  # [CELLS, M]
@@ -381,9 +383,9 @@ def _tf32_parts(x):
 
 @triton.jit
 def _multiply_add(a, b, c, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """a @ b + c. "tf32x3", of float32, is three TF32 products and as accurate as float32, from 2^-115 on, where TF32
-    holds the low parts. Triton's own form of it takes more instructions, to keep an infinite operand apart from others,
-    which the zeros of a band prevent anyway."""
+    """a @ b + c. "tf32x3", of float32, is three TF32 products and as accurate as float32 for values of at least 2^-112;
+    below, TF32 cannot hold the low parts. Triton's own form of it takes more instructions, to keep an infinite operand
+    apart from others, which the zeros of a band prevent anyway."""
     if PRECISION == "tf32x3":
         a_high, a_low = _tf32_parts(a)
         b_high, b_low = _tf32_parts(b)

@@ -48,7 +48,8 @@ def _forward_launch(
     offsets = offsets[0] if offsets else None
     n, c, h, w = features.shape
     channels_last = _launch.channels_innermost(features)
-    tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last)
+    most_bytes = _launch.operand_bytes()
+    tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last, most_bytes)
     tiles_h, tiles_w = tiles(output.shape[2:], tile)
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
     slices, per_program = _launch.shares(n * tiles_h * tiles_w * groups, c // groups, block)
@@ -108,7 +109,9 @@ def _backward_features_launch(
     grad_layout = _launch.map_layout(grad_features, strip.STRIP_W)
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
     run = min(layout.UNIT, grad_layout.UNIT)
-    block, warps = _launch.gather_channels(tile, dtype.itemsize, c // groups, kernel_size, columns * steps, run)
+    block, warps = _launch.gather_channels(
+        tile, dtype.itemsize, c // groups, kernel_size, columns * steps, run, _launch.operand_bytes()
+    )
     slices = _launch.cdiv(c // groups, block)
     steps = _launch.strip_steps(columns * slices, steps)
     tiles_h = _launch.cdiv(h, steps * strip.STEP_H)

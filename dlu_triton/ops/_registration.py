@@ -78,7 +78,7 @@ class Operator:
         registered.register_autograd(self._differentiate, setup_context=self._keep)
         registered.register_vmap(self._fold_registered)
 
-        def on_a_cpu(*arguments: Any) -> Any:
+        def on_a_cpu(*arguments: Any) -> Any:  # asked at each call, since tests emulate kernels on CPU tensors
             return (launch if _launch.runs_kernels(arguments[0]) else self._by_twin)(*arguments)
 
         registered.register_kernel("cpu", self._as_registered(on_a_cpu))

@@ -70,23 +70,23 @@ def _partial_maps(
 
 
 def _finish(
-    partials: Tensor, raw: Tensor, cam: Tensor, channels: int, relu: bool, resize: bool, normalize: bool
+    partials: Tensor, raw: Tensor, cam: Tensor | None, channels: int, relu: bool, resize: bool, normalize: bool
 ) -> None:
-    """Write the raw map (N, K, h, w) and the map (N, K, H, W) from partial maps (N, K, slices, h, w)."""
+    """Write the raw map (N, K, h, w) and, if given, the map (N, K, H, W) from partial maps (N, K, slices, h, w)."""
     n, classes, slices, h, w = partials.shape
-    height, width = cam.shape[2:]
+    height, width = (raw if cam is None else cam).shape[2:]
     if slices > 1 and (resize or normalize) and h * w > _launch.MOST_PIXELS_ADDED_AGAIN:
-        _finish(partials, raw, raw, channels, relu=False, resize=False, normalize=False)
-        partials, slices = raw.unsqueeze(2), 1
+        _finish(partials, raw, None, channels, relu=False, resize=False, normalize=False)
+        slices = 1
     tiles, per_program = _launch.finishing_tiles(n * classes, height * width, slices, channels)
     corners = 4 * (h + 1) * (w + 1) < height * width
-    _checks.launch(n * classes * tiles, cam)
+    _checks.launch(n * classes * tiles, raw)
     with _launch.launching(partials):
         _cam_kernels.cam_finish[(n * classes * tiles,)](
             None if slices == 1 else partials, raw, cam,
             slices, h, w, height, width, tiles, per_program,
             RELU=relu, RESIZE=resize, NORMALIZE=normalize, CORNERS=normalize and resize and corners,
-            **_launch.FINISHING_BLOCKS, **_launch.accumulator(cam.dtype),
+            **_launch.FINISHING_BLOCKS, **_launch.accumulator(raw.dtype),
         )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def class_activation_parts(
     size: int | tuple[int, int] | None = None,
     normalize: bool = False,
 ) -> CAMParts:
-    """The map of `class_activation_map` and what the same two launches know besides.
+    """The map of `class_activation_map` and what the same launches know besides.
 
     Arguments and errors are those of `class_activation_map`. Returns a named tuple; K is there for (N, K, C, h, w)
     gradients, and all of it is float32 (float64 for float64):
