@@ -1,6 +1,7 @@
 """Small Triton kernels, compiled for real and run by the emulator, against torch."""
 
 import emulator
+import fuzz
 import pytest
 import torch
 import triton
@@ -294,3 +295,13 @@ def test_views_and_64_bit_strides(target):
     out = torch.zeros(5, 128)
     _strided[(5,)](x, out, x.stride(0), 100)
     assert torch.equal(out[:, :100], x)
+
+
+def test_random_cases(monkeypatch):
+    """Of `fuzz.py`: an upsampler and a map are found right, and wrong ones are told."""
+    with emulator.running("sm_90") as report:
+        assert not fuzz.wrong(0, report)
+        assert not fuzz.wrong(3, report)
+        assert {name for name, _ in report.stores} >= {"cam_finish", "reassemble_backward_features"}
+        monkeypatch.setattr(fuzz._verify, "SLACK", dict.fromkeys(fuzz._verify.SLACK, -1e30))
+        assert fuzz.wrong(0, report).startswith("seed 0: class_activation_map torch.bfloat16")

@@ -1,4 +1,4 @@
-"""Barriers and fences deleted from compiled kernels, one at a time, are missed: by the emulator, or by nobody."""
+"""Barriers and fences deleted from compiled kernels, one at a time: the emulator finds each that was needed."""
 
 import copy
 import functools
@@ -13,12 +13,11 @@ from conftest import INTERPRETED
 from emulator.findings import AsyncHazard, SharedRace
 
 import dlu_triton
-from dlu_triton import _verify
+from dlu_triton import _launch, _verify
 
 if INTERPRETED:
     pytest.skip("checks compiled kernels: --emulate sm_90, or on a GPU", allow_module_level=True)
 
-# Loops over channels run more than once: at the start of a loop that runs once a barrier has nothing to separate.
 CASE = replace(next(case for case in _verify.CASES if case.name == "groups"), channels=400, height=3, width=3)
 
 
@@ -49,7 +48,11 @@ class Recorded:
 
 @functools.cache
 def recorded(target: str) -> list[Recorded]:
-    """Of dlu_upsample, bfloat16, forward and backward."""
+    """Of dlu_upsample, bfloat16, forward and backward.
+
+    Programs do not share channels, so loops over them run more than once: at the start of a loop that runs once a
+    barrier has nothing to separate.
+    """
     launches = []
 
     class Recording(emulator.Launch):
@@ -63,6 +66,7 @@ def recorded(target: str) -> list[Recorded]:
         x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch, emulator.running(target, counters=True) as report:
         patch.setattr(emulator.driver, "Launch", Recording)
+        patch.setattr(_launch, "ENOUGH_PROGRAMS", 1)
         dlu_triton.dlu_upsample(**inputs, scale_factor=2, kernel_size=3, groups=4).backward(grad_output)
     assert not report.findings
     found = []
@@ -73,11 +77,17 @@ def recorded(target: str) -> list[Recorded]:
     return found
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+HARMLESS = {
+    "sm_80": [],
+    "sm_90": ["softmax_backward"],  # each warp stores over the rows that it has loaded itself
+}
+
+
+@pytest.mark.parametrize("target", HARMLESS)
 def test_each_barrier_is_needed(target: str):
-    """Without it there is a race; or else warps may run in any order, and the results are the same bits."""
+    """Without it there is a race, except of HARMLESS: there warps may run in any order, and results are the same."""
     deletions = [(launch, barrier) for launch in recorded(target) for barrier in launch.barriers]
-    harmless = 0
+    harmless = []
     for launch, barrier in deletions:
         program = copy.copy(launch.program)
         program.barriers = {block: text for block, text in program.barriers.items() if block != barrier}
@@ -85,12 +95,13 @@ def test_each_barrier_is_needed(target: str):
             launch.run(program)
         except SharedRace:
             continue
-        harmless += 1
-        for apart in () if program.uses_wgmma else (1, -1):  # wgmma takes four warps at once
+        harmless.append(launch.arguments[1])
+        assert not program.uses_wgmma  # which takes four warps at once
+        for apart in (1, -1):
             expected = launch.run(launch.program, apart=apart)
             for found, wanted in zip(launch.run(program, apart=apart), expected, strict=True):
                 assert torch.equal(found, wanted), launch.program.barriers[barrier]
-    assert harmless <= len(deletions) // 20  # one in softmax_backward, where warps reuse places of their own
+    assert harmless == HARMLESS[target]
 
 
 def orders(launch: Recorded) -> Iterator[tuple[str, int, emulator.Program]]:
@@ -109,12 +120,12 @@ def test_what_orders_wgmma_is_needed(kernels: int):
     assert launches
     for launch in launches[:kernels]:
         lines = launch.program.text.split("\n")
-        missed = set()
+        needed = set()
         for form, line, program in orders(launch):
             try:
                 launch.run(program)
             except AsyncHazard:
-                missed.add(form)
+                needed.add(form)
                 continue
             before = [n for n, each in enumerate(lines, 1) if form in each and n < line]
             after = [n for n, each in enumerate(lines, 1) if form in each and n > line]
@@ -124,4 +135,4 @@ def test_what_orders_wgmma_is_needed(kernels: int):
             start, end = (before[-1], line) if form == "fence.proxy" else (line, after[0])
             stores = re.findall(r"st\.shared|stmatrix", "\n".join(lines[start:end]))
             assert not stores, lines[line - 1]  # so the one before, or after, does for both
-        assert missed == {"wgmma.fence", "wgmma.commit", "wgmma.wait", "fence.proxy"}
+        assert needed == {"wgmma.fence", "wgmma.commit", "wgmma.wait", "fence.proxy"}

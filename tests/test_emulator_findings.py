@@ -149,6 +149,9 @@ def test_what_was_stored_may_be_read_back(programs, shuffle):
 HERE = "mad.wide.u32 %d0, %thread, 4, %x;"  # the thread's own element
 FIRST = HERE + "setp.eq.u32 %p0, %block, 0;"  # the first block does what follows `@%p0`, the other what follows `@!%p0`
 SET, GET, ADD = "st.global.b32 [%d0], 5;", "ld.global.b32 %r0, [%d0];", "red.global.add.u32 [%d0], 1;"
+CHANGE = "st.global.b32 [%d0], 6;"
+# An element of both warps; the first one does what follows `@%p0`.
+SHARING = "and.b32 %r1, %thread, 31; mad.wide.u32 %d0, %r1, 4, %x; setp.lt.u32 %p0, %thread, 32;"
 GLOBAL = {  # what two blocks of 64 threads do, and whether it is a race
     "other bits": (HERE + "st.global.b32 [%d0], %block;", True),
     "equal bits": (HERE + SET, False),
@@ -157,8 +160,12 @@ GLOBAL = {  # what two blocks of 64 threads do, and whether it is a race
     "what was there, stored by one, read by the other": (f"{FIRST} @%p0 st.global.b32 [%d0], 0; @!%p0 {GET}", True),
     "each reads back its own": (HERE + SET + GET, False),
     "one reads back its own, then the other stores it": (f"{FIRST} @%p0 {SET} @%p0 {GET} @!%p0 {SET}", False),
-    "one reads back its own, then the other changes it": (
-        f"{FIRST} @%p0 {SET} @%p0 {GET} @!%p0 st.global.b32 [%d0], 6;", True),
+    "one reads back its own, then the other changes it": (f"{FIRST} @%p0 {SET} @%p0 {GET} @!%p0 {CHANGE}", True),
+    "equal bits, then others": (f"{FIRST} {SET} @!%p0 {CHANGE}", True),
+    "equal bits, then others, read by who stored the equal ones": (f"{FIRST} {SET} @!%p0 {CHANGE} @%p0 {GET}", True),
+    "one changes its own, then the other stores the same": (f"{FIRST} @%p0 {SET} @%p0 {CHANGE} @!%p0 {CHANGE}", True),
+    "one changes its own and reads it back": (f"{FIRST} @%p0 {SET} @%p0 {CHANGE} @%p0 {GET}", False),
+    "equal bits of warps, read back by one": (f"{SHARING} {SET} @!%p0 {GET}", True),
     "additions": (HERE + ADD, False),
     "additions and stores": (f"{FIRST} @%p0 {ADD} @!%p0 {SET}", True),
     "stores and additions": (f"{FIRST} @%p0 {SET} @!%p0 {ADD}", True),
@@ -177,6 +184,12 @@ WARPS = {  # the same of two warps of one block
         OTHER + "ld.global.b32 %r0, [%d0]; bar.sync 0; st.global.b32 [%d1], %thread;", False),
     "other bits of warps": (
         "and.b32 %r1, %thread, 31; mad.wide.u32 %d0, %r1, 4, %x; st.global.b32 [%d0], %thread;", True),
+    "equal bits of warps, then others": (f"{SHARING} {SET} @!%p0 {CHANGE}", True),
+    "equal bits of warps, then others after a barrier": (f"{SHARING} {SET} bar.sync 0; @!%p0 {CHANGE}", False),
+    "one changes its own, then the other warp stores the same": (
+        f"{SHARING} @%p0 {SET} @%p0 {CHANGE} @!%p0 {CHANGE}", True),
+    "one changes its own, then the other warp stores the same after a barrier": (
+        f"{SHARING} @%p0 {SET} @%p0 {CHANGE} bar.sync 0; @!%p0 {CHANGE}", False),
     "additions and loads after a barrier": (
         OTHER + "red.global.add.u32 [%d0], 1; bar.sync 0; ld.global.b32 %r0, [%d1];", False),
 }  # fmt: skip
@@ -199,6 +212,28 @@ def test_races_of_warps(case, blocks):
     report = run(text, threads=64, blocks=blocks, x=np.zeros(64 * blocks, np.int32))
     assert bool(report.of("GlobalRace")) == race
     assert len(report.findings) == race
+
+
+def test_nobody_rereads_what_another_block_has_changed():
+    report = run(f"{FIRST} {SET} @!%p0 {CHANGE} @%p0 {GET}", blocks=2, x=np.zeros(32, np.int32))
+    store, load = (each.message for each in report.findings.values())
+    assert "written here, written by several blocks" in store
+    assert "read here, written by block (1, 0, 0)" in load
+
+
+def test_other_bits_of_lanes_are_found_in_any_order():
+    for seed in range(20):
+        text = "setp.lt.u32 %p0, %thread, 2; @%p0 st.global.b32 [%x], %thread;"
+        assert run(text, shuffle=seed, x=np.zeros(1, np.int32)).of("ReplicaConflict")
+
+
+def test_the_last_of_1024_threads():
+    """What all have read, it writes."""
+    last = "setp.eq.u32 %p0, %thread, 1023;"
+    assert run(f"{last} ld.global.b32 %r0, [%x]; @%p0 st.global.b32 [%x], 5;", 1024, x=np.zeros(1, np.int32)).findings
+    store = "st.shared.b32 [%shared], 7; bar.sync 0; ld.shared.b32 %r5, [%shared];"
+    with pytest.raises(SharedRace, match="written here, read by several warps"):
+        wrong(f"{store} {last} @%p0 st.shared.b32 [%shared], 8;", threads=1024)
 
 
 def test_wide_and_narrow_accesses_race():
@@ -240,6 +275,9 @@ def wrong(text: str, shared: int = 512, threads: int = 128, **options) -> np.nda
     return out
 
 
+WARP1 = "shr.u32 %r6, %thread, 5; setp.eq.u32 %p1, %r6, 1;"
+SET0, SET1 = "@%p0 st.shared.b32 [%shared], 1;", "@%p1 st.shared.b32 [%shared], 1;"
+CHANGE1 = "@%p1 st.shared.b32 [%shared], 2;"
 WARP0, SHUFFLE = "setp.lt.u32 %p0, %thread, 32;", "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"
 HALF = "setp.lt.u32 %p0, %thread, 16; @%p0 bra $L1; bra $L2; $L1:"  # of a warp does what follows, up to $L2
 SHARED = [
@@ -248,6 +286,8 @@ SHARED = [
     (SharedRace, "and.b32 %r6, %r1, 127; add.u32 %r6, %r6, %shared; st.shared.b32 [%r6], %thread;", "by the same"),
     (SharedRace, "bar.sync 0; st.shared.b32 [%r2], 1; st.shared.b32 [%r4], 2;", "written here, written by"),
     (SharedRace, f"st.shared.v2.b32 [%shared], {{1, 1}}; {WARP0} @!%p0 ld.shared.b8 %r5, [%shared+7];", "read here"),
+    (SharedRace, WARP0 + WARP1 + SET0 + SET1 + CHANGE1, "written here, written by several warps"),
+    (SharedRace, WARP0 + WARP1 + CHANGE1 + SET1 + SET0, "written here, other bits written by thread"),
     (UninitialisedShared, WARP0 + "@%p0 " + STORE + "bar.sync 0;" + LOAD, "never written"),
     (UninitialisedShared, "ld.shared.b32 %r5, [%r2];", "never written"),
     (OutOfBounds, "st.shared.b32 [%r2+4], 1;", "outside of its 512 bytes"),
@@ -267,6 +307,8 @@ FINE = [
     STORE + "bar.sync 0;" + LOAD,
     STORE + "ld.shared.b32 %r5, [%r2];",  # its own
     "st.shared.b32 [%shared], 7; bar.sync 0; st.shared.b32 [%shared], 7;",  # the same of all
+    WARP0 + WARP1 + SET0 + SET1 + "bar.sync 0;" + CHANGE1,
+    WARP0 + WARP1 + CHANGE1 + SET1 + "bar.sync 0;" + SET0,
     f"{WARP0} @%p0 bra $L1; bra $L2; $L1: {SHUFFLE} $L2:",
     "setp.eq.u32 %p0, %thread, 999; @%p0 trap;",
     "setp.lt.u32 %p0, %thread, 40; @%p0 bra $L1; mov.b32 %r5, 1; $L1: bar.sync 0;",  # apart, and together again
@@ -314,21 +356,25 @@ def test_warps_may_run_one_after_the_other(apart):
 
 FILL = "".join(f"st.shared.b32 [%r2+{512 * i}], 0x3c003c00;" for i in range(4))
 WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r5,%r21,%r22,%r23}, %d4, %d4, 1, 1, 1, 0, 0;"
-COMMIT = "wgmma.commit_group.sync.aligned;"
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 FIELDS = 8 << 16 | 16 << 32  # no swizzle: 128 bytes between k-blocks, 256 between rows of 8
 
 
 def wgmma(fill=FILL, proxy="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", fence="wgmma.fence.sync.aligned;",
           descriptor=f"or.b64 %d4, %d4, {FIELDS};", product=WGMMA, between="", commit=COMMIT, flying="",
-          wait="wgmma.wait_group.sync.aligned 0;", after="") -> np.ndarray:  # fmt: skip
+          wait=WAIT, after="", **options) -> np.ndarray:  # fmt: skip
     text = fill + proxy + barrier + "cvt.u64.u32 %d4, %shared; shr.u64 %d4, %d4, 4;" + descriptor
     text += "".join(f"add.s32 %r{n}, %thread, 0; sub.s32 %r{n}, %r{n}, %thread;" for n in (5, 21, 22, 23))
-    return wrong(text + fence + product + between + commit + flying + wait + after, shared=2048)
+    return wrong(text + fence + product + between + commit + flying + wait + after, shared=2048, **options)
 
 
 WRONG = [
     (AsyncHazard, {"proxy": ""}, "without fence.proxy.async"),
     (AsyncHazard, {"flying": "st.shared.b32 [%r2], 0;"}, "still reads"),
+    (AsyncHazard, {"between": COMMIT + WGMMA, "wait": f"{WAIT[:-2]}1; bar.sync 0; st.shared.b32 [%r2], 0; {WAIT}"},
+     "still reads"),
+    (AsyncHazard, {"proxy": f"fence.proxy.async; bar.sync 0; st.shared.b32 [%shared], 0x3c003c00; {WARP0}"
+                            "@!%p0 bra $L1; fence.proxy.async; $L1:"}, "without fence.proxy.async"),
     (AsyncHazard, {"wait": ""}, "reads %r5, an accumulator"),
     (AsyncHazard, {"commit": ""}, "reads %r5, an accumulator"),
     (AsyncHazard, {"wait": "wgmma.wait_group.sync.aligned 1;"}, "reads %r5, an accumulator"),
@@ -341,6 +387,8 @@ WRONG = [
     (SharedRace, {"after": "st.shared.b32 [%r2], 0;"}, "written here, read by several warps"),
     (UninitialisedShared, {"fill": "st.shared.b32 [%r2], 0x3c003c00;"}, "read by wgmma"),
     (OutOfBounds, {"descriptor": f"or.b64 %d4, %d4, {FIELDS | 1 << 45};"}, "outside"),
+    (BarrierError, {"commit": f"{WARP0} @%p0 bra $L1; {COMMIT} $L1:"}, "96 of 128 lanes"),
+    (BarrierError, {"wait": f"{WARP0} @%p0 bra $L1; {WAIT} $L1:"}, "96 of 128 lanes"),
     (BarrierError, {"product": "setp.lt.u32 %p0, %thread, 32; @%p0 bra $L1;" + WGMMA + "$L1:"}, "96 of 128 lanes"),
 ]  # fmt: skip
 
@@ -357,7 +405,51 @@ def test_wgmma_is_fenced(kind, changes, message):
         wgmma(**changes)
 
 
+@pytest.mark.parametrize("lanes", [128, 8192])  # blocks one after the other, and together
+def test_blocks_wait_for_their_own_wgmma(lanes):
+    """The first block waits, then the other overwrites an operand, before or after it has waited, too."""
+    apart = "setp.ne.u32 %p0, %block, 0; @%p0 bra $L1;" + WAIT + "bra $L2; $L1:{} $L2:"
+    change = "bar.sync 0; st.shared.b32 [%r2], 0;"
+    assert (wgmma(wait=apart.format(WAIT + change), blocks=2, lanes=lanes).view(np.float32) == 16).all()
+    with pytest.raises(AsyncHazard, match="still reads"):
+        wgmma(wait=apart.format(change + WAIT), blocks=2, lanes=lanes)
+
+
+@pytest.mark.parametrize("lanes", [128, 8192])
+def test_blocks_fence_their_own_stores(lanes):
+    """Also what all their warps have stored."""
+    apart = "setp.ne.u32 %p0, %block, 0; @%p0 bra $L1; fence.proxy.async.shared::cta; bra $L2; $L1:{} $L2:"
+    fill = FILL + "st.shared.b32 [%shared], 0x3c003c00;"
+    wgmma(fill=fill, proxy=apart.format("fence.proxy.async.shared::cta;"), blocks=2, lanes=lanes)
+    with pytest.raises(AsyncHazard, match="stored without fence"):
+        wgmma(fill=fill, proxy=apart.format(""), blocks=2, lanes=lanes)
+
+
 # ------------------------------------------------------------------------------------------------ driver
+
+
+def test_tensors_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="x must be on the CPU, got a tensor on meta"):
+        run(GET, x=torch.zeros(4, device="meta"))
+
+
+@triton.jit
+def _tickets(count_ptr, out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.atomic_add(count_ptr, 1))
+
+
+def test_a_seed_gives_a_launch_its_order_again():
+    def order(seed: int) -> list[int]:
+        emulator.state.options.shuffle = seed
+        count, out = torch.zeros(1, dtype=torch.int32), torch.zeros(50, dtype=torch.int32)
+        _tickets[(50,)](count, out)
+        return out.tolist()
+
+    with emulator.running("sm_90"):
+        first, other, again = order(3), order(4), order(3)
+    assert first == again
+    assert sorted(first) == sorted(other) == list(range(50))
+    assert len({tuple(each) for each in (first, other, range(50))}) == 3
 
 
 @pytest.mark.parametrize("target", ["sm_70", "90", "gfx942"])

@@ -1,4 +1,4 @@
-"""What is wrong with a kernel: exceptions for faults, a report for what does no harm on the way to others."""
+"""What is wrong with a kernel: exceptions for faults, and a report of all findings."""
 
 from collections import Counter
 from dataclasses import dataclass, field

@@ -499,7 +499,8 @@ def _wgmma(c: Compiler, instr: Instr) -> None:
     if form == "fence":  # of registers: see `inflight`
         return
     if form in ("commit_group", "wait_group"):
-        c.emit(f"X.shared.{form[:-6]}({', '.join(str(each.value) for each in instr.operands)})")
+        left = "".join(f"{each.value}, " for each in instr.operands)
+        c.emit(f"X.shared.{form[:-6]}({left}mask, {c.site(instr)})")
         return
     columns, depth = (int(each) for each in instr.parts[4].removeprefix("m64n").split("k"))
     accumulator, kind, other = instr.parts[5:]

@@ -9,7 +9,7 @@ import numpy as np
 from . import counters, instructions, semantics, tensorcore  # noqa: F401  `instructions` fills those of `codegen`
 from .codegen import EXIT, Compiler, namespace
 from .findings import Report
-from .memory import SHARED_BASE, GlobalMemory, Region, SharedMemory
+from .memory import SHARED_BASE, THREAD_BITS, GlobalMemory, Region, SharedMemory
 from .parse import Addr, Kernel, PTXError, Reg, parse, registers
 
 u4, u8, i4, i8 = np.uint32, np.uint64, np.int32, np.int64
@@ -23,7 +23,8 @@ class Options:
     lanes: int = 8192  # of a chunk
     shuffle: int | None = None  # seed of the order of blocks, and of lanes that store or add to one place
     apart: int = 0  # 1 or -1: between barriers warps run one after the other, the first or the last one first
-    choose: Callable[[str, int], Sequence[int] | None] = lambda name, blocks: None  # blocks to run, of so many
+    # Which blocks run, from the kernel's name and their number; None for all.
+    choose: Callable[[str, int], Sequence[int] | None] = lambda name, blocks: None
     counters: bool = False  # of performance, see counters.py
 
 
@@ -120,8 +121,8 @@ class Machine:
     def _stamp(self) -> None:
         """After barriers: who touches memory from now on."""
         epochs = np.repeat(self.epoch, self.threads)
-        self.toucher = self._owner | epochs << 10
-        self.toucher32 = (epochs << 10 | self.thread).astype(i4)
+        self.toucher = self._owner | epochs << THREAD_BITS
+        self.toucher32 = (epochs << THREAD_BITS | self.thread).astype(i4)
 
     # ------------------------------------------------------------------------------------------------ lanes
 
@@ -338,8 +339,10 @@ class Launch:
                 regions.append(Region(len(regions), argument, value, options.counters))
                 value = regions[-1].address
             self.values[parameter] = np.dtype(f"u{max(1, int(type_.lstrip('usbf')) // 8)}").type(value or 0)
-        seed = options.shuffle
-        self.random = None if seed is None else np.random.default_rng((seed, sum(report.launches.values())))
+        self.random = None
+        if options.shuffle is not None:  # the same for the same launch, whatever ran before
+            content = f"{name} {self.grid} {[tuple(region.tensor.shape) for region in regions]}"
+            self.random = np.random.default_rng([options.shuffle, *content.encode()])
         self.counters, memory = None, GlobalMemory
         if options.counters:
             sizes = {region.name: region.tensor.numel() * region.itemsize for region in regions}

@@ -14,9 +14,10 @@ import numpy as np
 
 i4, i8, u4, u8 = np.int32, np.int64, np.uint32, np.uint64
 TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-REGION_BITS = 46  # as far apart as no tensor is large
+REGION_BITS = 46  # of the distance between two tensors, which is larger than any tensor
 SHARED_BASE = 1024  # where the window of a block starts; sm_90 reserves the first KiB too
-SEVERAL = 1023  # a thread's number that stands for several warps
+THREAD_BITS = 11  # of a toucher; numbers of threads are below 1024
+SEVERAL = 2047  # in place of a thread's number: several warps
 
 
 def zeros(count: int, kind: type) -> np.ndarray:
@@ -79,6 +80,8 @@ class Region(Bytes):
 
     def __init__(self, index: int, name: str, tensor, allocated: bool = False) -> None:
         """`allocated`: at a multiple of 4096 bytes, as allocations on a GPU are at one of 512 at least."""
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
         storage = tensor.untyped_storage()
         self.name, self.tensor, self.itemsize = name, tensor, tensor.element_size()
         start, size, pointer = storage.data_ptr(), storage.nbytes(), tensor.data_ptr()
@@ -121,32 +124,43 @@ class Region(Bytes):
 
 
 class Shadow:
-    """Who touched each granule of memory: by plain stores (the last), by loads, by atomic operations.
+    """Who touched each granule of memory: by plain stores, by loads, by atomic operations.
 
-    A race is a plain store with any other access of the same granule, by another block, or by another warp of the block
-    without a barrier between them. Two exceptions: stores of equal bits agree; and a block may load what it has stored
-    itself, also where others have stored the same bits.
+    A race is a plain store and any other access of the same granule, where the two are of different blocks of a launch,
+    or of different warps of a block without a barrier between them. The order in which they ran does not matter. There
+    are two exceptions:
 
-    A toucher is (block + 1) << 40 | epoch << 10 | thread, where blocks are counted in the order in which they run, and
-    an epoch is the time between two barriers of a block. Several warps in one epoch are thread 1023.
+    - Two stores of the same bits are no race, so all blocks may store one value. If one of them stores other bits
+      there, before or after, it races with all the others.
+    - A block may load what it has stored itself, also where other blocks have stored the same bits.
+
+    A toucher is (block + 1) << 40 | epoch << 11 | thread, where blocks are counted in the order in which they run, and
+    an epoch is the time between two barriers of a block. Several warps in one epoch are thread 2047.
     """
 
     SEVERAL_BLOCKS = 0x7FFFFF << 40
 
     def __init__(self, granule: int, count: int) -> None:
         self.granule, self.granules = granule, count
-        self.writes, self.atomics, self.reads = (zeros(count, i8) for _ in range(3))
+        self.writes, self.replaced = zeros(count, i8), zeros(count, i8)  # of the bits that are there; of others before
+        self.atomics, self.reads = zeros(count, i8), zeros(count, i8)
         self.rereads = zeros(count, i8)  # by blocks that had stored there themselves
         self.chunk = self.own = None
 
     def share(self, machine, at: np.ndarray, *touchers: np.ndarray) -> None:
-        """These have stored equal bits there, and may load them: `own` has each block's last store."""
+        """Several blocks have stored the bits that are there, and may load them: `own` has the touchers of each."""
         if self.chunk is not machine:
             self.chunk, self.own = machine, zeros(machine.blocks * self.granules, i8)
         for toucher in touchers:
             slot = (toucher >> 40) - 1 - machine.first
-            here = slot >= 0  # others have ended
-            self.own[(slot * self.granules + at)[here]] = toucher[here]
+            here = (slot >= 0) & (slot < machine.blocks)  # others have ended, or are SEVERAL_BLOCKS
+            self.note(self.own, (slot * self.granules + at)[here], toucher[here])
+
+    def replace(self, machine, at: np.ndarray, before: np.ndarray) -> None:
+        """The bits that these have stored are there no longer: nobody may load them."""
+        self.note(self.replaced, at, before)
+        if self.chunk is machine:
+            self.own.reshape(machine.blocks, self.granules)[:, at] = 0
 
     def allowed(self, machine, at: np.ndarray, now: np.ndarray, before: np.ndarray) -> np.ndarray:
         """Which of these loads, after the stores `before`, are of what their block has stored itself."""
@@ -159,17 +173,17 @@ class Shadow:
     def conflicts(before: np.ndarray, now: np.ndarray) -> np.ndarray:
         """Another block; or the same block and epoch and another warp."""
         differs = before ^ now
-        return (before != 0) & ((differs >= 1 << 40) | ((differs < 1024) & (differs >= 32)))
+        return (before != 0) & ((differs >= 1 << 40) | ((differs < 1 << THREAD_BITS) & (differs >= 32)))
 
     def note(self, state: np.ndarray, at: np.ndarray, now: np.ndarray) -> None:
-        """Add to readers (or to those who add atomically)."""
+        """Add to those who touched it in one way."""
         before = state.take(at)
-        new = np.where((before >> 10 == now >> 10) & ((before ^ now) >= 32), now | SEVERAL, now)
+        new = np.where((before >> THREAD_BITS == now >> THREAD_BITS) & ((before ^ now) >= 32), now | SEVERAL, now)
         new = np.where((before != 0) & (before >> 40 != now >> 40), self.SEVERAL_BLOCKS, new)
         state[at] = new
         after = state.take(at)
         lost = (after ^ new) >= 32
-        if lost.any():  # several readers of one place in one instruction: the greatest is that of the most
+        if lost.any():  # several touchers of one place in one instruction: the greatest is that of the most
             both = np.where(after[lost] >> 40 == new[lost] >> 40, new[lost] | SEVERAL, self.SEVERAL_BLOCKS)
             order = np.argsort(at[lost], kind="stable")
             places, both = at[lost][order], both[order]
@@ -341,21 +355,27 @@ class GlobalMemory:
         shadow, index, now = touch.shadow, touch.index, touch.now
         same, kept = np.repeat(same, touch.count), np.repeat(kept, touch.count)
         before = shadow.writes.take(index)
-        agree = Shadow.conflicts(before, now) & same
-        if agree.any():
-            shadow.share(self.launch, index[agree], before[agree], now[agree])
         self.race("GlobalRace", touch, before, Shadow.conflicts(before, now) & ~same, "written here, written")
+        self.conflict(touch, shadow.replaced, False, "written here, other bits written")
         self.conflict(touch, shadow.reads, False, "written here, read")
         self.conflict(touch, shadow.rereads, same, "written here, read")
         self.conflict(touch, shadow.atomics, False, "written here, added to atomically")
-        shadow.writes[index] = now
-        after = shadow.writes.take(index)
-        others = (after != now) & ((after >> 40 != now >> 40) | ~kept)  # in this very instruction
-        if others.any():
-            agree, warp = others & kept, (after ^ now) < 32
-            shadow.share(self.launch, index[agree], after[agree], now[agree])
-            self.race("ReplicaConflict", touch, after, others & ~kept & warp, "written here, written")
-            self.race("GlobalRace", touch, after, others & ~kept & ~warp, "written here, written")
+        other = (before != 0) & ~same
+        if other.any():
+            shadow.replace(self.launch, index[other], before[other])
+            before = np.where(same, before, 0)
+            shadow.writes[index] = before
+        if not kept.all():  # of lanes that store to one place in one instruction, all must store the same
+            shadow.writes[index[kept]] = now[kept]
+            after = shadow.writes.take(index)
+            warp = (after ^ now) < 32
+            self.race("ReplicaConflict", touch, after, ~kept & warp, "written here, written")
+            self.race("GlobalRace", touch, after, ~kept & ~warp, "written here, written")
+            shadow.writes[index] = before
+        shadow.note(shadow.writes, index, now)
+        several = shadow.writes.take(index) == Shadow.SEVERAL_BLOCKS
+        if several.any():
+            shadow.share(self.launch, index[several], before[several], now[several])
 
     def add(self, region, at, size: int, lanes, site: int) -> None:
         touch = self.touch(region, at, size, lanes, site)
@@ -390,8 +410,8 @@ class GlobalMemory:
 class SharedMemory(Bytes):
     """Shared memory of the blocks of a chunk. Granules are as small as the kernel's smallest access.
 
-    Touchers are epoch << 10 | thread, or 0 for nobody. A store of the bits that are there already, as of warps that
-    hold the same elements, is no race.
+    Touchers are epoch << 11 | thread, or 0 for nobody. A store of the bits that are there already, as of warps that
+    hold the same elements, is no race, except with stores of other bits before.
     """
 
     def __init__(self, launch, size: int, granule: int) -> None:
@@ -399,11 +419,12 @@ class SharedMemory(Bytes):
         self.stride = max(16, (size + 15) // 16 * 16)
         super().__init__(np.zeros(launch.blocks * self.stride, np.uint8))
         count = launch.blocks * self.stride // granule
-        self.writes, self.reads = np.zeros(count, i4), np.zeros(count, i4)
+        self.writes, self.replaced, self.reads = (np.zeros(count, i4) for _ in range(3))  # as of `Shadow`
         self.unfenced = np.zeros(count, bool)  # written, and not yet fenced for wgmma
         self.in_flight = np.zeros(count, bool)  # read by a wgmma that was not waited for
-        self.groups: list[list[np.ndarray]] = []  # committed ones, of the granules that wgmma reads
-        self.uncommitted: list[np.ndarray] = []
+        self.committed = np.zeros(launch.lanes // 128, i8)  # groups of wgmma, of each warpgroup
+        # What is read by a wgmma that was not waited for: a row of granules for each warpgroup, which, in its group.
+        self.flying: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.base = (launch.block_index * self.stride).astype(i8)  # of each lane
 
     # ------------------------------------------------------------------------------------------------ accesses
@@ -468,7 +489,14 @@ class SharedMemory(Bytes):
     @staticmethod
     def conflicts(before: np.ndarray, now: np.ndarray) -> np.ndarray:
         differs = before ^ now
-        return (differs < 1024) & (differs >= 32) & (before != 0)
+        return (differs < 1 << THREAD_BITS) & (differs >= 32) & (before != 0)
+
+    def note(self, state: np.ndarray, index: np.ndarray, now: np.ndarray, before: np.ndarray) -> None:
+        """Add to those `before` who touched it in one way."""
+        new = np.where(self.conflicts(before, now), now | SEVERAL, now)
+        state[index] = new
+        lost = (state.take(index) ^ new) >= 32
+        state[index[lost]] = new[lost] | SEVERAL
 
     def read(self, at, size: int, lanes, site: int) -> None:
         if not self.launch.options.shared_races:
@@ -477,11 +505,7 @@ class SharedMemory(Bytes):
         before = self.writes.take(index)
         self.race("UninitialisedShared", at, lanes, before == 0, size, site, "is read and was never written")
         self.race("SharedRace", at, lanes, self.conflicts(before, now), size, site, "read here, written", before)
-        before = self.reads.take(index)
-        new = np.where(((before ^ now) < 1024) & ((before ^ now) >= 32), now | SEVERAL, now)
-        self.reads[index] = new
-        lost = (self.reads.take(index) ^ new) >= 32
-        self.reads[index[lost]] = new[lost] | SEVERAL
+        self.note(self.reads, index, now, self.reads.take(index))
 
     def write(self, at, values: list[np.ndarray], lanes, site: int) -> None:
         size = values[0].itemsize * len(values)
@@ -489,18 +513,23 @@ class SharedMemory(Bytes):
             self.put(at, values, self.launch.order(len(at)))
             return
         index, now, count = self.touched(at, size, lanes)
-        same = None
-        for state, what in ((self.writes, "written here, written"), (self.reads, "written here, read")):
-            before = state.take(index)
-            bad = self.conflicts(before, now)
-            if bad.any():
-                same = np.repeat(self.holds(at, values), count) if same is None else same
-                self.race("SharedRace", at, lanes, bad & ~same, size, site, what, before)
+        before, read = self.writes.take(index), self.reads.take(index)
+        again, late = (before ^ now) < 1 << THREAD_BITS, self.conflicts(read, now)  # in this epoch
+        if again.any() or late.any():
+            other, replaced = ~np.repeat(self.holds(at, values), count), self.replaced.take(index)
+            for bad, what, whose in (
+                (self.conflicts(before, now) & other, "written here, written", before),
+                (self.conflicts(replaced, now), "written here, other bits written", replaced),
+                (late & other, "written here, read", read),
+            ):
+                self.race("SharedRace", at, lanes, bad, size, site, what, whose)
+            changed = again & other
+            self.note(self.replaced, index[changed], before[changed], replaced[changed])
         if self.launch.program.uses_wgmma:
             flying = self.in_flight.take(index)
             self.race("AsyncHazard", at, lanes, flying, size, site, "written here while a wgmma still reads it")
             self.unfenced[index] = True
-        self.writes[index] = now
+        self.note(self.writes, index, now, before)
         self.put(at, values, self.launch.order(len(at)))
         lost = ~self.holds(at, values)
         if lost.any() and values[0].itemsize > 1:  # NaN may differ, as here its bits are not those of a GPU
@@ -525,13 +554,19 @@ class SharedMemory(Bytes):
     # ------------------------------------------------------------------------------------------------ wgmma
 
     def fence(self, mask) -> None:
-        """fence.proxy.async: what these threads have written can be read by wgmma, after a barrier."""
+        """fence.proxy.async: what these threads have written can be read by wgmma, after a barrier.
+
+        Of what several warps have stored, it is not known who: all threads of the block must be here.
+        """
         if mask is None:
             self.unfenced[:] = False
             return
         written = np.flatnonzero(self.unfenced)
-        writer = written // (self.stride // self.granule) * self.launch.threads + (self.writes.take(written) & SEVERAL)
-        self.unfenced[written[mask.take(writer)]] = False
+        block, thread = written // (self.stride // self.granule), self.writes.take(written) & SEVERAL
+        masks = mask.reshape(self.launch.blocks, -1)
+        several = thread == SEVERAL
+        fenced = np.where(several, masks.all(axis=1)[block], masks[block, np.where(several, 0, thread)])
+        self.unfenced[written[fenced]] = False
 
     def matrix(self, address: np.ndarray, width: int, lanes: np.ndarray, site: int) -> np.ndarray:
         """Elements at these shared addresses, [warpgroups, rows, k], read by wgmma of the warpgroups' first lanes."""
@@ -542,24 +577,32 @@ class SharedMemory(Bytes):
             before = self.writes.take(index)
             here = (at, groups)
             self.race("UninitialisedShared", *here, before == 0, width, site, "is read by wgmma and was never written")
-            early = before >> 10 == now >> 10
+            early = before >> THREAD_BITS == now >> THREAD_BITS
             self.race("SharedRace", *here, early, width, site, "read here by wgmma, written", before)
             unfenced, what = self.unfenced.take(index), "wgmma reads what was stored without fence.proxy.async"
             self.race("AsyncHazard", *here, unfenced, width, site, what)
             self.in_flight[index] = True
-            self.uncommitted.append(index)
+            self.flying.append((index.reshape(len(lanes), -1), lanes // 128, self.committed[lanes // 128]))
         return self.take(at, width, 1)[0].reshape(address.shape)
 
-    def commit(self) -> None:
-        self.groups.append(self.uncommitted)
-        self.uncommitted = []
+    def warpgroups(self, mask, site: int) -> np.ndarray:
+        """Which warpgroups are here, as a whole."""
+        self.launch.together(128, mask, site)
+        return np.ones(len(self.committed), bool) if mask is None else mask[::128]
 
-    def wait(self, left: int) -> None:
-        """All groups except the last `left` are done: their warps have read, as of now."""
-        done, self.groups = self.groups[: len(self.groups) - left], self.groups[len(self.groups) - left :]
-        for index in [each for group in done for each in group]:
-            self.in_flight[index] = False
-            epoch = self.launch.epoch.take(index // (self.stride // self.granule))
-            self.reads[index] = (epoch << 10).astype(i4) | SEVERAL
-        for index in [each for group in self.groups for each in group]:
+    def commit(self, mask, site: int) -> None:
+        self.committed += self.warpgroups(mask, site)
+
+    def wait(self, left: int, mask, site: int) -> None:
+        """All groups of these warpgroups except the last `left` are done: their warps have read, as of now."""
+        here, flying, self.flying = self.warpgroups(mask, site), self.flying, []
+        for index, warpgroups, numbers in flying:
+            done = here[warpgroups] & (numbers < self.committed[warpgroups] - left)
+            read = index[done]
+            self.in_flight[read] = False
+            epoch = self.launch.epoch.take(read // (self.stride // self.granule))
+            self.reads[read] = (epoch << THREAD_BITS).astype(i4) | SEVERAL
+            if not done.all():
+                self.flying.append((index[~done], warpgroups[~done], numbers[~done]))
+        for index, _, _ in self.flying:
             self.in_flight[index] = True
