@@ -438,18 +438,22 @@ def _tickets(count_ptr, out_ptr):
     tl.store(out_ptr + tl.program_id(0), tl.atomic_add(count_ptr, 1))
 
 
-def test_a_seed_gives_a_launch_its_order_again():
-    def order(seed: int) -> list[int]:
-        emulator.state.options.shuffle = seed
-        count, out = torch.zeros(1, dtype=torch.int32), torch.zeros(50, dtype=torch.int32)
-        _tickets[(50,)](count, out)
-        return out.tolist()
+def test_a_seed_gives_launches_their_orders_again():
+    """Each launch has an order of its own."""
 
-    with emulator.running("sm_90"):
-        first, other, again = order(3), order(4), order(3)
-    assert first == again
-    assert sorted(first) == sorted(other) == list(range(50))
-    assert len({tuple(each) for each in (first, other, range(50))}) == 3
+    def orders(seed: int) -> list[list[int]]:
+        found = []
+        with emulator.running("sm_90", shuffle=seed):
+            for _ in range(2):
+                count, out = torch.zeros(1, dtype=torch.int32), torch.zeros(50, dtype=torch.int32)
+                _tickets[(50,)](count, out)
+                found.append(out.tolist())
+        return found
+
+    first, other = orders(3), orders(4)
+    assert first == orders(3)
+    assert all(sorted(each) == list(range(50)) for each in first + other)
+    assert len({tuple(each) for each in (*first, *other, range(50))}) == 5
 
 
 @pytest.mark.parametrize("target", ["sm_70", "90", "gfx942"])

@@ -340,9 +340,8 @@ class Launch:
                 value = regions[-1].address
             self.values[parameter] = np.dtype(f"u{max(1, int(type_.lstrip('usbf')) // 8)}").type(value or 0)
         self.random = None
-        if options.shuffle is not None:  # the same for the same launch, whatever ran before
-            content = f"{name} {self.grid} {[tuple(region.tensor.shape) for region in regions]}"
-            self.random = np.random.default_rng([options.shuffle, *content.encode()])
+        if options.shuffle is not None:  # another order for each launch of a report
+            self.random = np.random.default_rng((options.shuffle, report.launches.total()))
         self.counters, memory = None, GlobalMemory
         if options.counters:
             sizes = {region.name: region.tensor.numel() * region.itemsize for region in regions}
