@@ -230,12 +230,16 @@ def warps_for(kernel_size: int, outputs: int = 0) -> int:
     return 4 if kernel_size <= 5 and outputs < 128 else 8
 
 
-def operand_bytes() -> int:
-    """Bytes of shared memory for the operands of a program: three quarters of what a program has on the current GPU."""
+def operand_bytes(dtype: torch.dtype) -> int:
+    """Bytes of shared memory for the operands of a program: three quarters of what a program has on the current GPU.
+    Half as many count for bfloat16 before sm_80, which has no products of it: operands become float32."""
     if INTERPRETED:
         return 2**20
     driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"] * 3 // 4
+    most = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"] * 3 // 4
+    target = driver.get_current_target()
+    widened = dtype == torch.bfloat16 and target.backend == "cuda" and target.arch < 80
+    return most // 2 if widened else most
 
 
 def operand_size(itemsize: int) -> int:

@@ -52,10 +52,10 @@ class StubLauncher:
 class StubUtils:
     """Counts the kernels that are loaded."""
 
-    loaded = 0
+    loaded, shared = 0, SHARED["cuda:90"]
 
     def get_device_properties(self, device: object) -> dict[str, int]:
-        return {"max_shared_mem": SHARED.get(device, SHARED["cuda:90"]), "warpSize": 32, "max_num_regs": 2**16}
+        return {"max_shared_mem": self.shared, "warpSize": 32, "max_num_regs": 2**16}
 
     def load_binary(self, *arguments: object) -> tuple[int, ...]:
         self.loaded += 1
@@ -69,6 +69,7 @@ class StubDriver:
 
     def __init__(self, target: GPUTarget) -> None:
         self.target, self.utils = target, StubUtils()
+        self.utils.shared = SHARED[f"{target.backend}:{target.arch}"]
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -207,14 +208,13 @@ def launch_cam(dtype, layout, classes, channels, height, width) -> None:
 
 
 def resources(kernel, target: GPUTarget) -> dict:
-    shared = {"shared": kernel.metadata.shared}
     if target.backend == "cuda":
-        products = len(re.findall(r"^\s*(?:wgmma\.mma|mma|tcgen05\.mma)", kernel.asm["ptx"], re.MULTILINE))
-        return shared | machine_code.usage(kernel.asm["cubin"]) | {"tensor_core": products}
+        products = len(re.findall(r"^\s*(?:@\S+ )?(?:wgmma\.mma|mma|tcgen05\.mma)", kernel.asm["ptx"], re.MULTILINE))
+        return machine_code.usage(kernel.asm["cubin"]) | {"tensor_core": products}
     text = kernel.asm["amdgcn"]
     found = {name: int(number) for name, number in re.findall(r"\.(\w+):\s*(\d+)", text)}
     local = found["private_segment_fixed_size"] + found["vgpr_spill_count"]  # spills may go to other registers
-    return shared | {"registers": found["vgpr_count"], "local": local}
+    return {"registers": found["vgpr_count"], "local": local}
 
 
 @contextmanager
@@ -251,9 +251,10 @@ def compile_case(
     for kernel_name, kernel, _ in compiled:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
+            device = triton.runtime.driver.active.get_current_device()
             rows.append(
-                {"target": triton.runtime.driver.active.get_current_device(), "kernel": kernel_name, "case": name}
-                | {"warps": kernel.metadata.num_warps}
+                {"target": device, "kernel": kernel_name, "case": name, "warps": kernel.metadata.num_warps}
+                | {"shared": kernel.metadata.shared, "limit": SHARED[device]}
                 | resources(kernel, target)
             )
     return rows
@@ -286,7 +287,7 @@ def shared_memory(target: GPUTarget, case: tuple) -> list[dict]:
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder, TRITON_STORE_BINARY_ONLY="1"),
         mock.patch.multiple(CUDABackend, make_llir=_allocate, make_ptx=lambda *_: "", make_cubin=lambda *_: b""),
     ):
-        return compile_case(target, case, launch_upsampling, lambda kernel, _: {"shared": kernel.metadata.shared})
+        return compile_case(target, case, launch_upsampling, lambda *_: {})
 
 
 def main() -> None:

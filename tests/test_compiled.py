@@ -18,11 +18,6 @@ KERNELS = {
     "cam_partial_maps", "cam_channels", "cam_finish",
 }  # fmt: skip
 TARGETS = ("cuda:90", "cuda:80", "cuda:100", "hip:gfx942")
-# Bytes of shared memory that a block may have; sm_86 and sm_89, which run sm_80 code, have 99 KB of it.
-SHARED = {
-    "cuda:75": 64 * 1024, "cuda:80": 99 * 1024, "cuda:86": 99 * 1024, "cuda:90": 227 * 1024, "cuda:100": 227 * 1024,
-    "cuda:120": 99 * 1024, "hip:gfx942": 64 * 1024,
-}  # fmt: skip
 
 # With --long: corners that spill a few registers on GPUs that nobody has tuned for, and the most bytes they take.
 SPILLED = {
@@ -62,7 +57,7 @@ def test_kernels_fit(compiled, target):
     problems = [
         f"{row['kernel']} [{row['case']}]: {row['local']} bytes of local memory, {row['shared']} of shared memory"
         for row in rows
-        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0) or row["shared"] > SHARED[target]
+        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0) or row["shared"] > row["limit"]
     ]
     assert not problems, "\n".join(problems)
 
@@ -84,7 +79,7 @@ def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
     targets = ("cuda:75", "cuda:86", *["cuda:90", "cuda:120"] * long)
     rows = rows_of(SCRIPT, "--shared", *targets, *["--corners"] * long)
     assert {row["target"] for row in rows} == set(targets)
-    large = [row for row in rows if row["shared"] > SHARED[row["target"]]]
+    large = [row for row in rows if row["shared"] > row["limit"]]
     assert not large, "\n".join(f"{row['target']} {row['kernel']} [{row['case']}]: {row['shared']}" for row in large)
 
 
@@ -193,7 +188,7 @@ def test_forward_kernels_leave_room_for_warps(kernel, least, target, compiled):
         if (row["kernel"], row["target"]) == (kernel, target) and typical:
             programs = min(
                 REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"]),
-                SHARED[target] // (row["shared"] + 1024),
+                row["limit"] // (row["shared"] + 1024),
                 WARPS[target] // row["warps"],
             )
             if programs * row["warps"] < least:

@@ -193,7 +193,7 @@ def test_launches_of_threads_are_not_mixed_up(launches, step):
     """Compiled kernels, arguments and streams of each launch are those of the thread: while kernels are compiled, while
     launches are repeated, and while another thread forgets them."""
     found = launches[step]
-    assert found["launches of a round"] == 19
+    assert found["launches of a round"] == 20
     assert set(found["rounds"]) == ({1} if step == "first" else {25})
     assert found["wrong"] == []
 

@@ -48,7 +48,7 @@ def _forward_launch(
     offsets = offsets[0] if offsets else None
     n, c, h, w = features.shape
     channels_last = _launch.channels_innermost(features)
-    most_bytes = _launch.operand_bytes()
+    most_bytes = _launch.operand_bytes(features.dtype)
     tile, warps = _launch.forward_tile(scale_factor, kernel_size, features.dtype.itemsize, channels_last, most_bytes)
     tiles_h, tiles_w = tiles(output.shape[2:], tile)
     block = _launch.forward_channels(features.dtype, c // groups, kernel_size)
@@ -110,7 +110,7 @@ def _backward_features_launch(
     steps, columns = _launch.cdiv(h, strip.STEP_H), n * _launch.cdiv(w, strip.STRIP_W) * groups
     run = min(layout.UNIT, grad_layout.UNIT)
     block, warps = _launch.gather_channels(
-        tile, dtype.itemsize, c // groups, kernel_size, columns * steps, run, _launch.operand_bytes()
+        tile, dtype.itemsize, c // groups, kernel_size, columns * steps, run, _launch.operand_bytes(dtype)
     )
     slices = _launch.cdiv(c // groups, block)
     steps = _launch.strip_steps(columns * slices, steps)

@@ -88,9 +88,10 @@ class EmulatedLauncher:
     def __init__(self, source, metadata) -> None:
         self.signature, self.metadata = dict(source.signature), metadata
         if getattr(metadata, "num_ctas", 1) != 1:
-            raise NotImplementedError("clusters")
-        if metadata.global_scratch_size or metadata.profile_scratch_size:
-            raise NotImplementedError("scratch memory")
+            raise NotImplementedError(f"num_ctas must be 1, as clusters are not emulated, got {metadata.num_ctas}")
+        for name in ("global_scratch_size", "profile_scratch_size"):
+            if getattr(metadata, name):
+                raise NotImplementedError(f"{name} must be 0, as scratch memory is not emulated")
 
     def __call__(self, gx: int, gy: int, gz: int, stream, function: int, *rest) -> None:
         """`rest`: the kernel's and the launch's metadata, two hooks, and the arguments."""
@@ -153,7 +154,7 @@ def _instead_of_cubin(self, source: str, metadata, options, capability) -> bytes
 
 
 def _hash(self) -> str:
-    """Other than that of what goes to GPUs, so that the two never meet in Triton's cache."""
+    """Differs from the hash for a GPU, so that Triton's cache keeps the two apart."""
     return f"emulated-{self.target.arch}"
 
 

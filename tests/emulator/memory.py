@@ -163,7 +163,7 @@ class Shadow:
             self.own.reshape(machine.blocks, self.granules)[:, at] = 0
 
     def allowed(self, machine, at: np.ndarray, now: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Which of these loads, after the stores `before`, are of what their block has stored itself."""
+        """Which of these loads read what their own block has stored, also after the stores `before`."""
         last = np.where(before >> 40 == now >> 40, before, 0)
         if self.chunk is machine:
             last = np.where(last == 0, self.own.take(((now >> 40) - 1 - machine.first) * self.granules + at), last)
@@ -554,9 +554,9 @@ class SharedMemory(Bytes):
     # ------------------------------------------------------------------------------------------------ wgmma
 
     def fence(self, mask) -> None:
-        """fence.proxy.async: what these threads have written can be read by wgmma, after a barrier.
+        """fence.proxy.async: after a barrier, wgmma can read what these threads have written.
 
-        Of what several warps have stored, it is not known who: all threads of the block must be here.
+        Where several warps have stored, their threads are not known: all threads of the block must be here.
         """
         if mask is None:
             self.unfenced[:] = False

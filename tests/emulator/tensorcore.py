@@ -71,7 +71,7 @@ def numbers(raw: np.ndarray, kind: str) -> np.ndarray:
         return (raw & u4(0xFFFFE000)).view(f4).astype(f8)  # the low 13 bits are not read
     if kind == "f64":
         return raw.view(f8)
-    raise NotImplementedError(kind)
+    raise NotImplementedError(f"operands of type {kind}")
 
 
 PER_REGISTER = {"bf16": 2, "f16": 2, "tf32": 1, "f64": 1}
@@ -166,9 +166,9 @@ def addresses(descriptors: np.ndarray, rows: int, depth: int, itemsize: int, tra
     start, leading, stride = (d & 0x3FFF) << 4, (d >> 16 & 0x3FFF) << 4, (d >> 32 & 0x3FFF) << 4
     base, mode = (descriptors >> u8(49)).astype(np.int64) & 7, (descriptors >> u8(62)).astype(np.int64)
     if (base != 0).any():
-        raise NotImplementedError("wgmma descriptors with a base offset")
+        raise NotImplementedError(f"a wgmma descriptor's base offset must be 0, got {base[base != 0][0]}")
     if (mode != mode[0]).any():
-        raise NotImplementedError("wgmma descriptors of unlike swizzles")
+        raise NotImplementedError(f"wgmma descriptors must have one swizzle, got {sorted({*mode.tolist()})}")
     mode = int(mode[0])
     within, by_leading, by_stride = _pattern(rows, depth, itemsize, transposed, mode)
     at = start[:, None, None] + within + by_leading * leading[:, None, None] + by_stride * stride[:, None, None]
