@@ -202,9 +202,11 @@ def accumulated(expected: np.ndarray) -> np.ndarray:
     return found
 
 
+COLUMNS = {"f16": (8, 256), "bf16": (16, 64), "tf32": (8, 16, 32, 128)}
 WGMMA = [
     (kind, columns, swizzle, a_across, b_across)
-    for kind, columns in (("f16", 8), ("bf16", 64), ("f16", 256), ("tf32", 32), ("tf32", 128))
+    for kind, sizes in COLUMNS.items()
+    for columns in sizes
     for swizzle in SWIZZLES
     for a_across, b_across in ((False, False), (True, False), (False, True), (True, True))
     if columns < 128 or swizzle == 128
