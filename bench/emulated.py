@@ -3,19 +3,20 @@
     python bench/emulated.py sm_80 sm_90 sm_120  # a selection of the tests; --long: all; no target: all six
     python bench/emulated.py --record && python bench/report.py
 
-Prints what passed for each target, and fails if anything did not. --record runs all of `python -m dlu_triton verify`
-as well, and writes bench/results/emulated.json, where other targets stay if they are of the same commit. Jobs run side
-by side, each in a process of its own.
+Prints what passed for each target, and fails if anything did not, or if a kernel of the library was not launched.
+--record runs all of `python -m dlu_triton verify` as well, and writes bench/results/emulated.json. Jobs run side by
+side, each in a process of its own.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
 import os
-import shlex
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,21 +25,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench/results/emulated.json"
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-# Arguments of pytest, a job each: golden cases, by hand; typical cases in all dtypes, and maps; cut outputs, hostile
-# values, big launches in part, determinism in shuffled orders.
+# Tests, and which of them (-k): golden cases, by hand; typical cases in all dtypes; cut outputs, hostile values, big
+# launches in part, determinism. Blocks and additions come in random orders.
 SELECTION = (
-    "tests/test_golden.py tests/test_by_hand.py -k 'kernels and (by_hand or float32 or cam_0) and not dlu_0 and "
-    "not dlu_3 and not carafe_2'",
-    "tests/test_operators.py::test_error_against_float64 tests/test_operators.py::test_float32_of_small_magnitude "
-    "tests/test_cam.py::test_error_against_float64 tests/test_cam.py::test_partial_maps_are_added_once_for_large_maps "
-    "--long -k 'typical or xgradcam- or small_magnitude or added_once'",
-    "tests/test_output_size.py::test_is_the_first_part_of_all tests/test_hostile.py::test_damage_of_maps "
-    "tests/test_hostile.py::test_damage_ends_where_the_definition_or_the_tile_does "
-    "tests/test_sizes.py::test_parts_of_huge_maps tests/test_sizes.py::test_parts_of_many_planes "
-    "tests/test_deterministic.py --shuffle 1 -k 'kernels- and not path and (odd or float32 or small and nan) or "
-    "parts_of and (row or class) or deterministic and not expand and not exact and not (magnitude and not -120)'",
+    ("test_golden.py", "kernels and (float32 or cam_0)"),
+    ("test_by_hand.py", "kernels"),
+    ("test_operators.py::test_error_against_float64", "typical"),
+    ("test_operators.py::test_float32_of_small_magnitude", ""),
+    ("test_cam.py::test_error_against_float64", "xgradcam- or plane"),
+    ("test_cam.py::test_partial_maps_are_added_once_for_large_maps", ""),
+    ("test_output_size.py::test_is_the_first_part_of_all", "odd and not twin"),
+    ("test_hostile.py::test_damage_of_maps", "kernels and small and nan"),
+    ("test_hostile.py::test_damage_ends_where_the_definition_or_the_tile_does", "float32 and not path"),
+    ("test_sizes.py::test_parts_of_huge_maps", "row"),
+    ("test_sizes.py::test_parts_of_many_planes", "class"),
+    ("test_deterministic.py", "repeat or beside or terms or finite"),
 )
-EVERYTHING = ("tests --long --ignore-glob=*test_emulator*",)
+FILES = sorted(file.name for file in ROOT.joinpath("tests").glob("test_*.py"))
+EVERYTHING = tuple((name, "") for name in FILES if not name.startswith(("test_emulator", "test_compiled")))
 OPERATORS = ("dlu_upsample", "expand_kernels", "carafe", "carafe_upsample", "class_activation_map")
 
 
@@ -56,10 +60,10 @@ def verify(target: str, operator: str) -> dict[str, Any]:
             passed += len(comparisons) - len(wrong)
             failed += [f"verify {operator} {dtype} {case.name}: {name}" for name in wrong]
     findings = [each.message for each in report.findings.values()]
-    return {"results": passed, "failed": failed, "launches": report.launches.total(), "findings": findings}
+    return {"results": passed, "failed": failed, "launches": report.launches, "findings": findings}
 
 
-def test(target: str, arguments: str) -> dict[str, Any]:
+def test(target: str, tests: str, words: str) -> dict[str, Any]:
     import pytest
 
     found: dict[str, Any] = {}
@@ -84,17 +88,16 @@ def test(target: str, arguments: str) -> dict[str, Any]:
             failed = [each.nodeid for outcome in ("failed", "error") for each in stats.get(outcome, ())]
             found.update(
                 tests=sum(each.nodeid in launching for each in stats.get("passed", ())), failed=failed,
-                launches=report.launches.total(), findings=[each.message for each in report.findings.values()],
+                launches=report.launches, findings=[each.message for each in report.findings.values()],
             )  # fmt: skip
 
     os.chdir(ROOT)
+    arguments = ["--emulate", target, "--shuffle", "1", "--long", f"tests/{tests}", "-k", words]
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = pytest.main(
-            ["-p", "no:cacheprovider", "--emulate", target, *shlex.split(arguments)], plugins=[Outcomes()]
-        )
+        code = pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[Outcomes()])
     if code != pytest.ExitCode.OK:
         print(output.getvalue(), flush=True)
-        found["failed"] = found.get("failed") or [f"pytest {arguments}: {code!r}"]
+        found["failed"] = found.get("failed") or [f"pytest {' '.join(arguments)}: {code!r}"]
     return found
 
 
@@ -105,29 +108,32 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="verify as well, and write bench/results/emulated.json")
     options = parser.parse_args()
     os.environ |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}  # of the processes below, before they import
-    jobs = [(test, target, each) for target in options.targets for each in (EVERYTHING if options.long else SELECTION)]
+    sys.path.insert(0, str(ROOT / "tests"))
+    import machine
+    from test_compiled import KERNELS
+
+    record = {"machine": machine.info(), "datetime": datetime.now(UTC).isoformat(), "all tests": options.long}
+    selection = EVERYTHING if options.long else SELECTION
+    jobs = [(test, target, *each) for target in options.targets for each in selection]
     if options.record:
         jobs = [(verify, target, each) for target in options.targets for each in OPERATORS] + jobs
-    rows: dict[str, dict[str, Any]] = {}
+    nothing = {"results": 0, "tests": 0, "launches": Counter(), "failed": [], "findings": []}
+    rows: dict[str, dict[str, Any]] = {target: copy.deepcopy(nothing) for target in options.targets}
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawned, max_tasks_per_child=1) as pool:
-        for (_, target, _), result in zip(jobs, [pool.submit(*job) for job in jobs], strict=True):
-            row = rows.setdefault(target, {"results": 0, "tests": 0, "launches": 0, "failed": [], "findings": []})
+        for (_, target, *_), result in zip(jobs, [pool.submit(*job) for job in jobs], strict=True):
             for key, value in result.result().items():
-                row[key] += value
+                rows[target][key] += value
     for target, row in rows.items():
-        print(f"{target}: {row['results']} results of verify, {row['tests']} tests passed, "
-              f"{row['launches']} launches, {len(row['failed'])} failed, {len(row['findings'])} findings")  # fmt: skip
-    problems = [line for row in rows.values() for line in row["failed"] + row["findings"]]
+        row["failed"] += [f"{kernel} was not launched" for kernel in sorted(KERNELS - row["launches"].keys())]
+        print(
+            f"{target}: {row['results']} results of verify, {row['tests']} tests passed, {row['launches'].total()} "
+            f"launches, {len(row['failed'])} failed, {len(row['findings'])} findings"
+        )
+    problems = [f"{target}: {line}" for target, row in rows.items() for line in row["failed"] + row["findings"]]
+    print("\n".join(problems))
     if options.record and not problems:
-        import machine
-
-        record = {"machine": machine.info(), "datetime": datetime.now(UTC).isoformat(), "targets": rows}
-        before = json.loads(RESULT.read_text()) if RESULT.exists() else None
-        if before is not None and before["machine"]["commit"] == record["machine"]["commit"]:
-            record["targets"] = before["targets"] | rows
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    print(*problems, sep="\n", end="")
+        RESULT.write_text(json.dumps(record | {"targets": rows}, indent=1) + "\n")
     return 1 if problems else 0
 
 

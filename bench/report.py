@@ -880,11 +880,6 @@ def _at_a_commit(path: Path, machine: Any, allow_dirty: bool) -> None:
 
 
 EMULATED = RESULTS / "emulated.json"
-EMULATED_ROWS = {
-    "results of `python -m dlu_triton verify` within bounds": "results",
-    "tests passed": "tests",
-    "launches": "launches",
-}
 
 
 def emulated(root: Path, *, allow_dirty: bool) -> str:
@@ -904,7 +899,13 @@ def emulated(root: Path, *, allow_dirty: bool) -> str:
         f"(torch {machine['torch']}, commit {machine['commit'][:12]}, `{EMULATED}`). It cannot show speed, the work of "
         "`ptxas`, or the last bits of tensor cores."
     )
-    rows = [[title, *(f"{row[name]:,}" for row in targets.values())] for title, name in EMULATED_ROWS.items()]
+    tests = f"tests passed, of {'all' if figures['all tests'] else 'the selection in `bench/emulated.py`'}"
+    figures = {
+        "results of `python -m dlu_triton verify` within bounds": [row["results"] for row in targets.values()],
+        tests: [row["tests"] for row in targets.values()],
+        "launches": [sum(row["launches"].values()) for row in targets.values()],
+    }
+    rows = [[title, *(f"{number:,}" for number in numbers)] for title, numbers in figures.items()]
     return f"{text}\n\n{markdown(['', *targets], rows, 1)}"
 
 

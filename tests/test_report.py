@@ -738,9 +738,10 @@ def test_errors(root):
 
 
 def write_emulated(root, findings=(), **machine):
-    rows = {target: {"results": 970, "tests": number, "skipped": 1, "launches": 12345, "failed": []}
-            | {"findings": list(findings)} for number, target in enumerate(("sm_80", "sm_90"))}  # fmt: skip
-    root.joinpath(report.EMULATED).write_text(json.dumps({"machine": MACHINE | machine, "targets": rows}))
+    row = {"results": 970, "launches": {"a": 12340, "b": 5}, "failed": [], "findings": list(findings)}
+    targets = {target: row | {"tests": number} for number, target in enumerate(("sm_80", "sm_90"))}
+    record = {"machine": MACHINE | machine, "all tests": False, "targets": targets}
+    root.joinpath(report.EMULATED).write_text(json.dumps(record))
 
 
 def test_emulated(root):
