@@ -4,9 +4,10 @@
 
 prints a row for each launch, of a block in the middle of a map: what it does, and the clocks of each unit as shares of
 the clocks that its bytes take to come from memory and go there, every argument once. "of a copy" is the time of these
-bytes over that of the busiest unit. --lines adds the source lines with the most traffic. Counts are exact, times are
-arithmetic, for an H200 whatever the target, not a measurement: bench/NOTES.md says what they leave out. In processes of
-their own, as those of `compile_kernels.py`.
+bytes over that of the busiest unit. --lines adds the source lines that do most. Counts of memory, shared memory and
+tensor cores are exact; instructions of machine code are estimated from those of PTX; times are computed, for an H200
+whatever the target, and not measured: bench/NOTES.md says what they leave out. In processes of their own, as those of
+`compile_kernels.py`.
 """
 
 import argparse
@@ -34,7 +35,6 @@ SMS, CLOCK = 132, 1.755e9
 MEMORY, L2, PORT, ISSUE, SPECIAL = 4.3e12 / SMS / CLOCK, 5.75e12 / SMS / CLOCK, 64, 4, 0.5
 TENSOR = {"bf16": 4096, "f16": 4096, "tf32": 2048, "f64": 512}
 WARPS, REGISTERS, BLOCKS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 120: 48}, 65536, 32
-UNITS = ("L2", "L2 port", "wavefronts", "issue", "special", "tensor cores")
 
 HALF, WIDE = torch.bfloat16, torch.float32
 NCHW, LAST = torch.contiguous_format, torch.channels_last
@@ -79,7 +79,7 @@ CASES = [
 
 
 def launch(case: Case) -> None:
-    """Counts follow from offsets, which are random, about a source pixel, and from no other value."""
+    """Only offsets influence the counts; they are random, near their source pixel."""
     from dlu_triton.ops import cam, carafe, dlu
 
     _, dtype, layout, channels, s, h, w, backward, batch = case
@@ -120,7 +120,7 @@ def inside(arguments: dict[str, Any], name: str, total: int, most: int = 4) -> l
 
 
 def share(case: Case, arguments: dict[str, Any], grid: int) -> float:
-    """Of the whole launch, what a block does that no border cuts off."""
+    """What part of the launch a block does, if no border cuts it off."""
     pixels = case.batch * case.height * case.width
     if "STRIP_W" in arguments:
         return arguments["steps"] * arguments["STEP_H"] * arguments["STRIP_W"] / pixels / arguments["slices"]
@@ -211,18 +211,25 @@ def widths(found: Counters) -> dict[str, dict[int, float]]:
     return result
 
 
+def source(location: str) -> str:
+    return " < ".join(re.findall(r"[\w.]+\.py:\d+", location)) or location
+
+
 def lines(found: Counters) -> list[str]:
-    """What each source line asks of memory, for one block: the most sectors or wavefronts first."""
+    """What each source line does, for one block: those with the most sectors or wavefronts, and with the most
+    instructions."""
     told = []
     for (kind, location, region, size), a in found.by_location(*GLOBAL, *EXCHANGES).items():
-        where = " < ".join(re.findall(r"[\w.]+\.py:\d+", location)) or location
-        text = f"{kind} {region} {where}: {a.requests / found.blocks:.0f} requests of {size} bytes a lane, "
+        text = f"{kind} {region} {source(location)}: {a.requests / found.blocks:.0f} requests of {size} bytes a lane, "
         if region:
             text += f"{a.sectors / found.blocks:.0f} sectors where {a.fewest / found.blocks:.0f} hold what is used"
         else:
             text += f"{a.wavefronts / found.blocks:.0f} wavefronts where {a.least / found.blocks:.0f} are the fewest"
         told.append((a.sectors if region else a.wavefronts, text))
-    return [text for _, text in sorted(told, reverse=True)]
+    issued = found.by_source().most_common(16)
+    return [text for _, text in sorted(told, reverse=True)[:16]] + [
+        f"{kind} {source(location)}: {count / found.blocks:.0f} warp instructions" for (kind, location), count in issued
+    ]
 
 
 def rows(case: Case, target: str) -> list[dict[str, Any]]:
@@ -240,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*", help="of the cases to count, such as backward or NCHW; all by default")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--lines", action="store_true", help="below each row, the source lines with the most traffic")
+    parser.add_argument("--lines", action="store_true", help="below each row, the source lines that do most")
     parser.add_argument("--target", default="sm_90", help="what to compile for, as sm_90")
     options = parser.parse_args()
     if not options.json:
@@ -256,7 +263,7 @@ def main() -> None:
                 print(f"| {found['case']} | {figures} |", flush=True)
                 printed.add(figures)
                 if options.lines:
-                    print("\n".join(f"    {line}" for line in found["lines"][:16]), flush=True)
+                    print("\n".join(f"    {line}" for line in found["lines"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ def counted(body: str, *tensors, threads: int = 32, shared: int = 0, blocks: int
     return found
 
 
-def loads(stride: int, offset: int = 0, kind: str = "b32", registers: str = "%r3", threads: int = 32, x=None):
+def loads(stride: int, offset: int = 0, kind: str = "b32", registers: str = "%r3", threads: int = 32):
     body = f"""
     mul.wide.u32 %d3, %r1, {stride};
     add.s64 %d3, %x, %d3;
     ld.global.{kind} {registers}, [%d3+{offset}];
     """
-    x = torch.zeros(4096) if x is None else x
-    return counted(body, x, torch.zeros(4), threads=threads).total("ld.global")
+    return counted(body, torch.zeros(4096), torch.zeros(4), threads=threads).total("ld.global")
 
 
 def test_a_coalesced_load():
@@ -105,7 +104,7 @@ def test_reuse_within_a_block_and_between_blocks():
     assert found.blocks == 8
 
 
-def exchanged(row: int, kind: str = "b32", registers: str = "%r3", store: str = ""):
+def exchanged(row: int, kind: str = "b32", registers: str = "%r3"):
     """Each lane writes a word of its own row, then reads along it."""
     body = f"""
     mov.u32 %r10, memory;
@@ -117,8 +116,7 @@ def exchanged(row: int, kind: str = "b32", registers: str = "%r3", store: str = 
     bar.sync 0;
     ld.shared.{kind} {registers}, [%r11];
     """
-    found = counted(body, torch.zeros(4), torch.zeros(4), shared=32 * row + 16)
-    return found
+    return counted(body, torch.zeros(4), torch.zeros(4), shared=32 * row + 16)
 
 
 def test_a_transpose_in_shared_memory():
@@ -202,6 +200,11 @@ def test_operations_of_tensor_cores(target):
     assert found.flops() == {"bf16": 2 * 64**3}
     assert found.by_block["st.global"]["out_ptr"] == 64 * 64 * 4 // 32
     assert "test_emulator_counters.py" in next(iter(found.by_location("st.global")))[1]
+    products = {source: count for (kind, source), count in found.by_source().items() if "mma" in kind}
+    assert any("test_emulator_counters.py" in source for source in products)
+    shape = {"sm_80": (16, 8, 16), "sm_90": (64, 64, 16)}[target]
+    warps = 4 if target == "sm_90" else 1  # of a product
+    assert products == dict.fromkeys(products, warps * 64**3 // np.prod(shape))
     if target == "sm_90":
         assert found.wgmma_bytes == 2 * 64 * 64 * 2  # both operands, once
 

@@ -10,7 +10,7 @@ import emulator
 import pytest
 import torch
 from conftest import INTERPRETED
-from emulator.findings import AsyncHazard, SharedRace
+from emulator.findings import AsyncHazard, EmulationError, SharedRace
 
 import dlu_triton
 from dlu_triton import _launch, _verify
@@ -104,6 +104,29 @@ def test_each_barrier_is_needed(target: str):
     assert harmless == HARMLESS[target]
 
 
+SHUFFLE = re.compile(r"^\s*shfl\.sync\.bfly\.b32.*, (\d+), 31, -1;", re.M)
+
+
+@pytest.mark.parametrize("target", HARMLESS)
+def test_values_of_a_wrong_lane_are_noticed(target: str):
+    """The first shuffle of each kernel takes another lane's value: results differ, or lanes disagree."""
+    tried = []
+    for launch in recorded(target):
+        text = launch.program.text
+        found = SHUFFLE.search(text)
+        if found is None:
+            continue
+        distance = "2" if found[1] == "1" else "1"
+        program = emulator.Program(text[: found.start(1)] + distance + text[found.end(1) :])
+        try:
+            same = all(map(torch.equal, launch.run(program), launch.run(launch.program)))
+        except EmulationError:
+            same = False
+        assert not same, (launch.arguments[1], found[0])
+        tried.append(launch.arguments[1])
+    assert tried == ["reassemble_backward_kernels", "softmax_backward"]
+
+
 def orders(launch: Recorded) -> Iterator[tuple[str, int, emulator.Program]]:
     """What orders wgmma, with its line, and the kernel without it."""
     text = launch.program.text
@@ -115,7 +138,7 @@ def orders(launch: Recorded) -> Iterator[tuple[str, int, emulator.Program]]:
 
 @pytest.mark.parametrize("kernels", [1, pytest.param(9, marks=pytest.mark.long)])
 def test_what_orders_wgmma_is_needed(kernels: int):
-    """Except of products in a row: then one does for several."""
+    """Each fence and wait is needed, unless a neighbour of the same kind does its work (products in a row)."""
     launches = [launch for launch in recorded("sm_90") if launch.program.uses_wgmma]
     assert launches
     for launch in launches[:kernels]:

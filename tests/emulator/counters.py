@@ -173,12 +173,19 @@ class Counters:
 
     # ------------------------------------------------------------------------------------------------ results
 
+    def by_source(self) -> Counter:
+        """Warp instructions by class and source line."""
+        found = Counter()
+        for reached, block in zip(self.reached.tolist(), self.program.counted, strict=True):
+            for _, kind, _, location, _ in block:
+                found[kind, location] += reached
+        return found
+
     def instructions(self) -> Counter:
         """Warp instructions by class."""
         found = Counter()
-        for reached, block in zip(self.reached.tolist(), self.program.counted, strict=True):
-            for _, kind, *_ in block:
-                found[kind] += reached
+        for (kind, _), count in self.by_source().items():
+            found[kind] += count
         return found
 
     def flops(self) -> dict[str, int]:
