@@ -7,8 +7,8 @@ corner for the first; with --corners all of both for every target, which takes s
 
     python tests/compile_kernels.py --shared cuda:75 cuda:86
 
-goes through kernel sizes and scales instead, and no further than to the shared memory that a kernel asks for: of
-`dlu_upsample` for a sample of them, or with --corners of every operator for all, which takes hours.
+stops at the shared memory that a kernel asks for, of typical launches and of `dlu_upsample` for a sample of kernel
+sizes and scales; with --corners of all launches, and of every operator for all sizes and scales, which takes hours.
 
 It runs in a process of its own because interpreted and compiled kernels cannot share one. A stub driver names the
 target; the operators' own launch code runs on meta tensors, and every launch stops after compilation.
@@ -241,7 +241,7 @@ def compiling(target: GPUTarget) -> Iterator[list[tuple]]:
 
 
 def compile_case(
-    target: GPUTarget, case: tuple, launch: Callable[..., None], resources: Callable[..., dict]
+    target: GPUTarget, case: tuple, launch: Callable[..., None], resources: Callable[..., dict] = resources
 ) -> list[dict]:
     """Resources of every kernel that one case launches."""
     with compiling(target) as compiled:
@@ -280,14 +280,14 @@ def _allocate(backend, source, metadata, options, capability) -> str:
 make_llir = CUDABackend.make_llir
 
 
-def shared_memory(target: GPUTarget, case: tuple) -> list[dict]:
+def shared_memory(target: GPUTarget, case: tuple, launch: Callable[..., None]) -> list[dict]:
     """What every kernel that one case launches asks for; in a cache that goes with it, since kernels are unfinished."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder, TRITON_STORE_BINARY_ONLY="1"),
         mock.patch.multiple(CUDABackend, make_llir=_allocate, make_ptx=lambda *_: "", make_cubin=lambda *_: b""),
     ):
-        return compile_case(target, case, launch_upsampling, lambda *_: {})
+        return compile_case(target, case, launch, lambda *_: {})
 
 
 def main() -> None:
@@ -300,24 +300,24 @@ def main() -> None:
     for name in options.targets:
         backend, arch = name.split(":")
         target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, WARP_SIZE[backend])
+        job = shared_memory if options.shared else compile_case
         if options.shared:
             scan = product(*(SCAN if options.corners else SCAN_SAMPLE))
             jobs += [
-                (shared_memory, target, (dtype, layout, scale, size, 1, 256, not options.corners))
+                (job, target, (dtype, layout, scale, size, 1, 256, not options.corners), launch_upsampling)
                 for size, dtype, layout, scale in scan
             ]
-            continue
         for launch, typical, corners, sample in (
             (launch_upsampling, TYPICAL, CORNERS, TYPICAL[::3]),
             (launch_cam, CAM_TYPICAL, CAM_CORNERS, CAM_TYPICAL[::2]),
         ):
             if options.corners:
                 cases = typical + corners
-            elif name == options.targets[0]:
+            elif name == options.targets[0] and not options.shared:
                 cases = typical + corners[::3]
             else:
                 cases = typical if backend == "cuda" else sample
-            jobs += [(compile_case, target, case, launch, resources) for case in cases]
+            jobs += [(job, target, case, launch) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for job in [pool.submit(*job) for job in jobs]:
             for row in job.result():

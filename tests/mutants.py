@@ -479,6 +479,17 @@ MUTANTS = (
         (against_float64("expand_kernels", "groups", "float32"),),
         emulated=True,
     ),
+    # Shared memory
+    Mutant(
+        "tiles for more shared memory than a GPU has", LAUNCH,
+        '["max_shared_mem"] * 3 // 4', '["max_shared_mem"] * 4',
+        ("test_compiled.py::test_kernels_of_every_size_and_scale_have_enough_shared_memory",),
+    ),
+    Mutant(
+        "operands of bfloat16 that are not widened before sm_80", LAUNCH,
+        "return most // 2 if widened else most", "return most",
+        ("test_compiled.py::test_kernels_of_every_size_and_scale_have_enough_shared_memory",),
+    ),
     # What the compiler is told; the interpreter takes no notice, and reads element by element
     Mutant(
         "launches repeated for tensors that are less aligned", LAUNCH,

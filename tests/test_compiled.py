@@ -74,9 +74,9 @@ def test_half_precision_reassembles_on_tensor_cores(compiled):
 
 
 def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
-    """Where it is least; with --long everywhere, and every operator."""
+    """Where it is least; with --long on all targets, for every operator, dtype, kernel size and scale."""
     long = request.config.getoption("--long")
-    targets = ("cuda:75", "cuda:86", *["cuda:90", "cuda:120"] * long)
+    targets = ("cuda:75", "cuda:86", *["cuda:80", "cuda:89", "cuda:90", "cuda:120"] * long)
     rows = rows_of(SCRIPT, "--shared", *targets, *["--corners"] * long)
     assert {row["target"] for row in rows} == set(targets)
     large = [row for row in rows if row["shared"] > row["limit"]]
@@ -89,14 +89,16 @@ def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
 
 
 def test_counts_are_those_in_the_notes(model):
-    """The table in bench/NOTES.md is the budget: what a kernel does more fails, and so does less that is not noted.
-    Counts do not vary, so there is nothing to spare but what rounding hides."""
+    """Counts are those of the table in bench/NOTES.md. More work fails, and less fails too until the table is written
+    again. Only rounding is allowed for."""
     if f"triton=={triton.__version__}" not in PINS.read_text().split():
         pytest.skip("counted with the pinned Triton")
     lines = [line.strip("|").split("|") for line in NOTES.read_text().splitlines()]
     lines = [[cell.strip() for cell in line] for line in lines]
     names = next(line for line in lines if line[:2] == ["case", "kernel"])
-    noted = {tuple(line[:2]): line for line in lines if len(line) == len(names) and line[0] not in ("case", "---")}
+    table = [line for line in lines if len(line) == len(names) and line[0] not in ("case", "---")]
+    noted = {tuple(line[:2]): line for line in table}
+    assert len(noted) == len(table)
     figures, differ = [line[1:] for line in noted.values()], []
     for row in model:
         line = noted.pop((row["case"], row["kernel"]), None)
