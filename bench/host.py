@@ -42,7 +42,7 @@ GROUP = "host"  # of pytest-benchmark, by which the report tells these records f
 GRAPH = "forward with a graph"  # to be differentiated, which it is not
 PASSES = (FORWARD, GRAPH, BOTH)
 CASE = Case(2, 256, *P5, dtype="float32") if DEVICE == "cuda" else Case(1, 1, 1, 2, dtype="float32")
-QUICK_TURNS, QUICK_ROUNDS = 4, 100
+QUICK_TURNS, QUICK_ROUNDS = 12, 50
 
 
 class Subject(NamedTuple):

@@ -230,11 +230,12 @@ def warps_for(kernel_size: int, outputs: int = 0) -> int:
     return 4 if kernel_size <= 5 and outputs < 128 else 8
 
 
-def operand_bytes(dtype: torch.dtype) -> int:
-    """Bytes of shared memory for the operands of a program: three quarters of what a program has on the current GPU.
-    Half as many count for bfloat16 before sm_80, which has no products of it: operands become float32."""
+def operand_bytes(dtype: torch.dtype) -> float:
+    """Most bytes of shared memory that operands of a program may take: three quarters of a program's, on the current
+    GPU; the rest is for sums and changes of layout (not measured). Half of that for bfloat16 before sm_80, where its
+    products are computed in float32."""
     if INTERPRETED:
-        return 2**20
+        return math.inf
     driver = triton.runtime.driver.active
     most = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"] * 3 // 4
     target = driver.get_current_target()

@@ -40,7 +40,7 @@ class Case:
     channels_last: bool = False
     output_size: tuple[int, int] | None = None  # where it is not scale_factor times that of the source
     kernel_dtype: torch.dtype | None = None  # of kernel space, offsets and masks, where it is not that of the features
-    gpu_only: bool = False  # too large for the interpreter
+    gpu_only: bool = False  # too large for a CPU
     seed: int = 0
 
 

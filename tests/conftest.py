@@ -1,6 +1,6 @@
 """The same tests run interpreted on a CPU, compiled on a GPU, and with `--emulate sm_90` as compiled, on a CPU.
 
-INTERPRETED, EMULATED and ON_CPU, either of them, are known from `pytest_configure` on, before tests are collected.
+ON_CPU is true where INTERPRETED or EMULATED is. `pytest_configure` sets all three, before tests are collected.
 """
 
 import contextlib
@@ -20,12 +20,16 @@ with torch.device("meta"):  # which looks once for the functions it changes: bef
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what is marked long, and many more random cases")
     parser.addoption("--emulate", metavar="TARGET", help="run kernels as compiled for sm_90, say, emulated on a CPU")
-    parser.addoption("--shuffle", metavar="SEED", type=int, help="with --emulate: blocks and additions in such orders")
+    parser.addoption(
+        "--shuffle", metavar="SEED", type=int, help="with --emulate: seed of the order of blocks and additions"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     global INTERPRETED, EMULATED, ON_CPU
     target = config.getoption("--emulate")
+    if target is None and config.getoption("--shuffle") is not None:
+        raise pytest.UsageError(f"--shuffle needs --emulate, got --shuffle {config.getoption('--shuffle')} alone")
     if target:
         os.environ["TRITON_INTERPRET"] = "0"
     elif not torch.cuda.is_available():
@@ -47,7 +51,11 @@ def _choose_random_cases(long: bool) -> None:
     """Always the same few, or with --long many others, which can be had again by --hypothesis-seed."""
     settings.register_profile(
         "long" if long else "default",
-        max_examples=200 if long else 8 if INTERPRETED else 3,  # on a GPU each size of kernel and scale is compiled
+        max_examples=200
+        if long
+        else 8
+        if INTERPRETED
+        else 3,  # without the interpreter each size of kernel and scale is compiled
         derandomize=not long,
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if long else [])],
         deadline=None,
@@ -144,9 +152,9 @@ def checked_addresses() -> Iterator[set | None]:
         from emulator import state
 
         state.report.stores.clear()
-        before = {key: each.count for key, each in state.report.findings.items()}
+        before = state.report.counts()
         yield state.report.stores
-        new = [each.message for key, each in state.report.findings.items() if each.count > before.get(key, 0)]
+        new = state.report.since(before)
         assert not new, "\n".join(new)
     elif INTERPRETED:
         import addresses  # imports Triton

@@ -1,4 +1,7 @@
-"""Machine code of NVIDIA GPUs: what a kernel takes of them. Nothing is disassembled, which takes a second each time."""
+"""Registers, local memory and length of machine code for NVIDIA GPUs.
+
+Read from the file itself, since disassembling takes a second for each kernel.
+"""
 
 import re
 import struct

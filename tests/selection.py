@@ -13,5 +13,5 @@ def long(*values, when=True):
 
 
 def long_emulated(*values):
-    """`long` where all their kernels have to be compiled first, and are then emulated."""
+    """`long`, but only when emulated: each of these compiles kernels of its own."""
     return long(*values, when=EMULATED)

@@ -174,13 +174,10 @@ def field(bits, signed):
     return evaluate
 
 
-def inserted(bits):
-    def evaluate(a, b, start, length):
-        start, length = start & 255, length & 255
-        mask = ((1 << length) - 1) << start
-        return (b & ~mask) | (a << start & mask)
-
-    return evaluate
+def inserted(a, b, start, length):
+    start, length = start & 255, length & 255
+    mask = ((1 << length) - 1) << start
+    return (b & ~mask) | (a << start & mask)
 
 
 def permuted(a, b, selector):
@@ -279,7 +276,6 @@ def of_type(function):
     return function
 
 
-BITS = of_type(lambda t: bits_of(t))
 for name, function in {"add": operator.add, "sub": operator.sub, "mul.lo": operator.mul}.items():
     row(f"{name}.T d, a, b", "T", "T T", function, INTEGERS)
 for name, function in {"min": min, "max": max}.items():
@@ -321,9 +317,9 @@ for mode, count in {"wrap": lambda n: n & 31, "clamp": lambda n: min(n, 32)}.ite
 row("bfe.T d, a, b, c", "T", "T u32 u32", of_type(lambda t: field(bits_of(t), t[0] == "s")), "s32 u32 s64 u64")
 row("bfe.T d, a, 5, 9", "T", "T", of_type(lambda t: lambda a: field(bits_of(t), t[0] == "s")(a, 5, 9)), "s32 u32 s64")
 row("bfe.T d, a, 30, 9", "T", "T", of_type(lambda t: lambda a: field(bits_of(t), t[0] == "s")(a, 30, 9)), "s32 u32")
-row("bfi.T d, a, b, c, 7", "T", "T T u32", of_type(lambda t: lambda a, b, s: inserted(bits_of(t))(a, b, s, 7)),
+row("bfi.T d, a, b, c, 7", "T", "T T u32", lambda a, b, s: inserted(a, b, s, 7),
     "b32 b64")  # fmt: skip
-row("bfi.T d, a, b, 40, c", "T", "T T u32", of_type(lambda t: lambda a, b, n: inserted(bits_of(t))(a, b, 40, n)),
+row("bfi.T d, a, b, 40, c", "T", "T T u32", lambda a, b, n: inserted(a, b, 40, n),
     "b32 b64")  # fmt: skip
 for table in (0x00, 0xFF, 0xE8, 0x96, 0x1B):
     row(f"lop3.b32 d, a, b, c, {table}", "b32", "b32 b32 b32", logical(table))
@@ -369,7 +365,7 @@ row("sqrt.rn.f64 d, a", "f64", "f64", near(np.sqrt))
 row("rsqrt.approx.f64 d, a", "f64", "f64", near(lambda x: 1 / np.sqrt(x)))
 
 for name, function in COMPARE.items():
-    row(f"setp.{name}.T d, a, b", "pred", "T T", function, INTEGERS if name not in ("eq",) else "b16 b32 b64 s32 u32")
+    row(f"setp.{name}.T d, a, b", "pred", "T T", function, INTEGERS if name != "eq" else "b16 b32 b64 s32 u32")
 for name, function in UNSIGNED.items():
     row(f"setp.{name}.T d, a, b", "pred", "T T", function, "u32 u64")
 row("setp.ne.T d, a, b", "pred", "T T", operator.ne, "b16 b32 b64 s16 u16")

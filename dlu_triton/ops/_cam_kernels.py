@@ -1,8 +1,8 @@
 """Device code of the class activation maps.
 
 `cam_partial_maps` reads both planes of some channels once, weighs the channels, and adds their weighted planes up;
-`cam_finish` adds these partial maps in a fixed order, then ReLU, resize and normalisation. Where a plane does not fit
-one program, `cam_channels` finds the weights in a launch of its own before them.
+`cam_finish` adds these partial maps in a fixed order, then ReLU, resize and normalisation; large maps are added by a
+launch of their own. Where a plane does not fit one program, `cam_channels` finds the weights in a launch before them.
 """
 
 import triton
@@ -169,7 +169,7 @@ def cam_partial_maps(
             )  # fmt: skip
             total = tl.sum(a, 0)  # [C]
             terms = _terms(a, g, total, METHOD, EPS, ACC)
-            # Lanes may hold sums that differ in the last bit. Which lane computes or stores an element is fixed.
+            # Lanes may hold sums that differ in the last bit, but always the same lane stores an element.
             contribution = tl.sum(terms, 0)
             weight = contribution
             if WEIGHS:

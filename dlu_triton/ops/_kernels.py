@@ -333,7 +333,7 @@ def _sampling_adjoint(
             inside = (y0 >= window_y) & (y1 < window_y + CELLS) & (x0 >= window_x) & (x1 < window_x + CELLS)
             inside &= valid & (fy == fy) & (fx == fx)
             total = tl.zeros([BLOCK_H * BLOCK_W], ACC) + tl.sum(grad_taps)
-            # Else the product would spread what is not finite. Lanes that differ in the last bit agree about that.
+            # Or the product would spread what is not finite. No product is fused into this sum: all lanes agree on it.
             inside &= tl.abs(total) < float("inf")
             apart = valid & ~inside
             if tl.max(inside.to(tl.int32), axis=0) > 0:

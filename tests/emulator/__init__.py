@@ -6,9 +6,9 @@
         dlu_triton.carafe(...)                                  # on CPU tensors
     report.findings                                             # empty when all is well
 
-Everything up to PTX is Triton's own compiler; `ptxas` is left out. Triton's cache holds the kernels under a hash of
-their own, so they never meet those of a GPU. `Options` are keywords of `running`: a seed that shuffles blocks and
-additions (`shuffle`), some of the blocks alone (`choose`), counters of performance (`counters`).
+Everything up to PTX is Triton's own compiler; `ptxas` is left out. Triton's cache keeps these kernels and those
+for a GPU apart. `Options` are keywords of `running`: a seed that shuffles blocks and additions (`shuffle`), some of the
+blocks alone (`choose`), counters of performance (`counters`).
 
 Raised where they happen, with kernel, PTX line, source line, block and thread: OutOfBounds, Misaligned,
 UninitialisedShared, SharedRace, AsyncHazard, BarrierError. Reported: GlobalRace and ReplicaConflict, unless their names

@@ -209,7 +209,7 @@ class Compiler:
                     raise PTXError("unknown instruction")
                 HANDLERS[instr.parts[0]](self, instr)
             except (PTXError, KeyError, IndexError, ValueError, AttributeError) as error:
-                raise PTXError(f"{type(error).__name__}: {error}; {instr}") from error
+                raise PTXError(f"not emulated ({type(error).__name__}: {error}): {instr}") from error
             for reg in set().union(*operands_of(instr)):
                 if last[reg] == position and reg not in keep:
                     self.forget(reg)

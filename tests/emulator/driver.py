@@ -91,7 +91,7 @@ class EmulatedLauncher:
             raise NotImplementedError(f"num_ctas must be 1, as clusters are not emulated, got {metadata.num_ctas}")
         for name in ("global_scratch_size", "profile_scratch_size"):
             if getattr(metadata, name):
-                raise NotImplementedError(f"{name} must be 0, as scratch memory is not emulated")
+                raise NotImplementedError(f"{name} must be 0, as it is not emulated, got {getattr(metadata, name)}")
 
     def __call__(self, gx: int, gy: int, gz: int, stream, function: int, *rest) -> None:
         """`rest`: the kernel's and the launch's metadata, two hooks, and the arguments."""

@@ -54,7 +54,7 @@ KINDS = {kind.__name__: kind for kind in EmulationError.__subclasses__()}
 class Finding:
     kind: str
     message: str
-    count: int = 1
+    count: int = 0
 
 
 @dataclass
@@ -68,10 +68,17 @@ class Report:
     counters: list = field(default_factory=list)  # of each launch, where `Options.counters` asks for them
 
     def add(self, kind: str, kernel: str, where: str, detail: str) -> None:
-        found = self.findings.setdefault((kind, kernel, where), Finding(kind, f"{kernel}: {detail}; {where}", 0))
+        found = self.findings.setdefault((kind, kernel, where), Finding(kind, f"{kernel}: {detail}; {where}"))
         found.count += 1
         if kind in self.raises:
             raise KINDS[kind](f"{kernel}: {detail}; {where}")
+
+    def counts(self) -> dict[tuple, int]:
+        return {key: each.count for key, each in self.findings.items()}
+
+    def since(self, before: dict[tuple, int]) -> list[str]:
+        """Messages of what was found after these counts."""
+        return [each.message for key, each in self.findings.items() if each.count > before.get(key, 0)]
 
     def of(self, kind: str) -> list[Finding]:
         return [finding for finding in self.findings.values() if finding.kind == kind]

@@ -127,7 +127,7 @@ class Machine:
     # ------------------------------------------------------------------------------------------------ lanes
 
     def order(self, count: int) -> np.ndarray | None:
-        """In which lanes store or add to one place; None for one after the other."""
+        """The order in which lanes store or add to one place; None: by their numbers."""
         return None if self.launch.random is None else self.launch.random.permutation(count)
 
     def lanes_in(self, mask):

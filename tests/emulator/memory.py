@@ -410,8 +410,8 @@ class GlobalMemory:
 class SharedMemory(Bytes):
     """Shared memory of the blocks of a chunk. Granules are as small as the kernel's smallest access.
 
-    Touchers are epoch << 11 | thread, or 0 for nobody. A store of the bits that are there already, as of warps that
-    hold the same elements, is no race, except with stores of other bits before.
+    Touchers are epoch << 11 | thread, or 0 for nobody. A store of the bits that are there already is no race, since
+    several warps may hold one element; it is one if another warp stored other bits before, in the same epoch.
     """
 
     def __init__(self, launch, size: int, granule: int) -> None:

@@ -38,7 +38,7 @@ def b_map(depth: int, per_register: int) -> np.ndarray:
 
 
 @cache
-def c_map(rows: int, columns: int, per_register: int = 1) -> np.ndarray:
+def c_map(rows: int, columns: int) -> np.ndarray:
     """The same of element (i, j) of C and D; wgmma's has more columns, in blocks of 8."""
     i, j = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     lane = (i % 8) * 4 + (j % 8) // 2
