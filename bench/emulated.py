@@ -131,7 +131,8 @@ def main() -> int:
             f"launches, {len(row['failed'])} failed, {len(row['findings'])} findings"
         )
     problems = [f"{target}: {line}" for target, row in rows.items() for line in row["failed"] + row["findings"]]
-    print("\n".join(problems))
+    for problem in problems:
+        print(problem)
     if options.record and not problems:
         RESULT.write_text(json.dumps(record | {"targets": rows}, indent=1) + "\n")
     return 1 if problems else 0
