@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench/results/emulated.json"
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 # Tests, and which of them (-k): golden cases, by hand; typical cases in all dtypes; cut outputs, hostile values, big
 # launches in part, determinism. Blocks and additions come in random orders.
 SELECTION = (
@@ -48,7 +47,6 @@ OPERATORS = ("dlu_upsample", "expand_kernels", "carafe", "carafe_upsample", "cla
 
 def verify(target: str, operator: str) -> dict[str, Any]:
     """All results of `python -m dlu_triton verify` for one operator."""
-    sys.path.insert(0, str(ROOT / "tests"))
     import emulator
 
     from dlu_triton import _verify
@@ -102,16 +100,19 @@ def test(target: str, tests: str, words: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    os.environ |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}  # before anything imports Triton, here or in a job
+    sys.path.insert(0, str(ROOT / "tests"))
+    import machine
+    from emulator import TARGETS
+    from test_compiled import KERNELS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET")
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--long", action="store_true", help="all tests")
     parser.add_argument("--record", action="store_true", help="verify as well, and write bench/results/emulated.json")
     options = parser.parse_args()
-    os.environ |= {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}  # of the processes below, before they import
-    sys.path.insert(0, str(ROOT / "tests"))
-    import machine
-    from test_compiled import KERNELS
-
+    if not set(options.targets) <= set(TARGETS):
+        parser.error(f"targets must be of {', '.join(TARGETS)}, got {' '.join(options.targets)}")
     record = {"machine": machine.info(), "datetime": datetime.now(UTC).isoformat(), "all tests": options.long}
     selection = EVERYTHING if options.long else SELECTION
     jobs = [(test, target, *each) for target in options.targets for each in selection]

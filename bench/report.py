@@ -885,7 +885,8 @@ EMULATED = RESULTS / "emulated.json"
 def emulated(root: Path, *, allow_dirty: bool) -> str:
     """What ran in the emulator, for each target."""
     if not root.joinpath(EMULATED).exists():
-        return "Not run yet:\n\n    python bench/emulated.py --record && python bench/report.py"
+        command = "python bench/emulated.py --record && python bench/report.py"
+        return f"Kernels as compiled have not run in the emulator for this table yet:\n\n    {command}"
     figures = Fields(str(EMULATED), json.loads(root.joinpath(EMULATED).read_text()))
     machine, targets = Fields(str(EMULATED), figures["machine"]), figures["targets"]
     _at_a_commit(EMULATED, machine, allow_dirty)
@@ -893,16 +894,16 @@ def emulated(root: Path, *, allow_dirty: bool) -> str:
              if row["failed"] + row["findings"]]  # fmt: skip
     if wrong:
         raise ValueError(f"{EMULATED} must be of a run without failures, got {'; '.join(wrong)}")
+    ran = "All tests" if figures["all tests"] else "A selection of the tests (`bench/emulated.py`)"
     text = (
         f"The kernels as Triton {machine['triton']} compiles them ran in an emulator of PTX (`tests/emulator`). "
         "It checks values, bounds, alignment, shared memory, barriers, fences and races, and found no fault "
         f"(torch {machine['torch']}, commit {machine['commit'][:12]}, `{EMULATED}`). It cannot show speed, the work of "
-        "`ptxas`, or the last bits of tensor cores."
+        f"`ptxas`, or the last bits of tensor cores. {ran} ran, with blocks and additions in random orders."
     )
-    tests = f"tests passed, of {'all' if figures['all tests'] else 'the selection in `bench/emulated.py`'}"
     figures = {
-        "results of `python -m dlu_triton verify` within bounds": [row["results"] for row in targets.values()],
-        tests: [row["tests"] for row in targets.values()],
+        "results of `verify`, on emulated kernels, within bounds": [row["results"] for row in targets.values()],
+        "tests passed that launch kernels": [row["tests"] for row in targets.values()],
         "launches": [sum(row["launches"].values()) for row in targets.values()],
     }
     rows = [[title, *(f"{number:,}" for number in numbers)] for title, numbers in figures.items()]

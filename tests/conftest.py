@@ -19,7 +19,7 @@ with torch.device("meta"):  # which looks once for the functions it changes: bef
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also what is marked long, and many more random cases")
-    parser.addoption("--emulate", metavar="TARGET", help="run kernels as compiled for sm_90, say, emulated on a CPU")
+    parser.addoption("--emulate", metavar="TARGET", help="emulate kernels on a CPU, as compiled for sm_90, say")
     parser.addoption(
         "--shuffle", metavar="SEED", type=int, help="with --emulate: seed of the order of blocks and additions"
     )
@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if target:
         import emulator  # imports Triton
 
+        if target not in emulator.TARGETS:
+            raise pytest.UsageError(f"--emulate must be one of {', '.join(emulator.TARGETS)}, got {target!r}")
         stack = contextlib.ExitStack()
         config.add_cleanup(stack.close)
         report = stack.enter_context(emulator.running(target, shuffle=config.getoption("--shuffle")))

@@ -37,7 +37,7 @@ def shifted(x: torch.Tensor, draw: random.Random) -> torch.Tensor:
 
 def upsampling(draw: random.Random) -> tuple[str, _verify.Case]:
     groups, scale, (height, width) = draw.choice((1, 1, 1, 2, 3)), draw.choice((2, 2, 2, 1, 3, 4)), draw.choice(SIZES)
-    cut = scale * height - draw.choice((0, 1)), max(1, scale * width - draw.choice((1, 3)))
+    cut = max(1, scale * height - draw.choice((0, 1))), max(1, scale * width - draw.choice((1, 3)))
     case = _verify.Case(
         "", batch=draw.choice((1, 2)), channels=groups * draw.choice((1, 3, 8, 16, 21, 32)), height=height, width=width,
         scale_factor=scale, kernel_size=draw.choice((5, 5, 3, 1, 7)), groups=groups,

@@ -472,7 +472,7 @@ def test_a_report_is_of_its_time():
     assert not outer.findings
     assert outer.stores == {("_everybody", "out_ptr")}
     assert (outer.launches.total(), inner.launches.total()) == (1, 1)
-    assert str(outer) == "1 launches of 1 kernels"
+    assert str(outer) == "1 launches of 1 kernels, no finding"
 
 
 def test_some_of_the_blocks():

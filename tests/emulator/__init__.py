@@ -49,8 +49,8 @@ register.
 """
 
 from . import findings
-from .driver import running, state
+from .driver import TARGETS, running, state
 from .findings import EmulationError, Report
 from .machine import Launch, Options, Program
 
-__all__ = ["EmulationError", "Launch", "Options", "Program", "Report", "findings", "running", "state"]
+__all__ = ["TARGETS", "EmulationError", "Launch", "Options", "Program", "Report", "findings", "running", "state"]

@@ -20,6 +20,7 @@ from .findings import Report
 from .machine import Launch, Options, Program
 
 SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}  # bytes that a block can have
+TARGETS = {f"sm_{arch}": arch for arch in SHARED}
 MARK = "emulated\n"  # begins what stands for a cubin
 lock = threading.RLock()
 
@@ -162,15 +163,14 @@ def _hash(self) -> str:
 def running(target: str = "sm_90", **options) -> Iterator[Report]:
     """Kernels launched inside run emulated, on CPU tensors, also those of dlu_triton; yields the report of this time.
 
-    `options` are those of `Options`. Raises ValueError if kernels are interpreted, or the target is not one of SHARED.
+    `options` are those of `Options`. Raises ValueError if kernels are interpreted, or the target is not one of TARGETS.
     """
     from dlu_triton import _launch
 
     if _launch.INTERPRETED:
         raise ValueError("TRITON_INTERPRET must be 0 for kernels to be compiled, got 1")
-    known = {f"sm_{arch}": arch for arch in SHARED}
-    if target not in known:
-        raise ValueError(f"target must be one of {', '.join(known)}, got {target!r}")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     had, before = triton.runtime.driver._active, (state.options, state.report)
     state.options, state.report = Options(**options), Report()
     with (
@@ -178,7 +178,7 @@ def running(target: str = "sm_90", **options) -> Iterator[Report]:
         mock.patch.object(CUDABackend, "hash", _hash),
         mock.patch.object(_launch, "runs_kernels", lambda tensor: isinstance(tensor, torch.Tensor)),
     ):
-        triton.runtime.driver.set_active(EmulatedDriver(known[target]))
+        triton.runtime.driver.set_active(EmulatedDriver(TARGETS[target]))
         _launch.forget_launches()  # of other targets
         try:
             yield state.report

@@ -84,5 +84,6 @@ class Report:
         return [finding for finding in self.findings.values() if finding.kind == kind]
 
     def __str__(self) -> str:
-        lines = [f"{sum(self.launches.values())} launches of {len(self.launches)} kernels"]
+        found = "findings:" if self.findings else "no finding"
+        lines = [f"{self.launches.total()} launches of {len(self.launches)} kernels, {found}"]
         return "\n".join(lines + [f"{each.kind} x{each.count}: {each.message}" for each in self.findings.values()])
