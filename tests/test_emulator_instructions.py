@@ -329,7 +329,7 @@ for selector in (0x5410, 0x7632, 0x3340, 0xBA98):
 row("selp.T d, a, b, c", "T", "T T pred", lambda a, b, c: a if c else b, "b16 s16 b32 u32 b64 f32 f64")
 
 for name, function in {"add": ADD, "sub": SUB, "mul": MUL}.items():
-    row(f"{name}.T d, a, b", "T", "T T", function, "f16 bf16 f32 f64 f16x2 bf16x2")
+    row(f"{name}.T d, a, b", "T", "T T", function, "f16 bf16 f32 f64 f16x2 bf16x2 f32x2")
     row(f"{name}.rn.T d, a, b", "T", "T T", function, "f32 f64 f16 f32x2")
     row(f"{name}.ftz.f32 d, a, b", "f32", "f32 f32", flushed(function))
     row(f"{name}.sat.f32 d, a, b", "f32", "f32 f32", saturated(function))
@@ -343,8 +343,8 @@ row("fma.rn.T d, a, b, c", "T", "T T T", FMA, "f16 bf16 f32 f16x2 bf16x2 f32x2")
 row("fma.rn.ftz.f32 d, a, b, c", "f32", "f32 f32 f32", flushed(FMA))
 row("fma.rn.sat.f32 d, a, b, c", "f32", "f32 f32 f32", saturated(FMA))
 row("fma.rn.f32.T d, a, b, c", "f32", "T T f32", FMA, "f16 bf16")
-row("abs.T d, a", "T", "T", lambda a: math.fabs(a), "f16 bf16 f32 f64")
-row("neg.T d, a", "T", "T", lambda a: -a, "f16 bf16 f32 f64")
+row("abs.T d, a", "T", "T", lambda a: math.fabs(a), "f16 bf16 f32 f64 f16x2 bf16x2")
+row("neg.T d, a", "T", "T", lambda a: -a, "f16 bf16 f32 f64 f16x2 bf16x2")
 row("abs.ftz.f32 d, a", "f32", "f32", flushed(abs))
 row("neg.ftz.f32 d, a", "f32", "f32", flushed(operator.neg))
 row("copysign.T d, a, b", "T", "T T", lambda a, b: math.copysign(b, a), "f32 f64")
@@ -627,12 +627,16 @@ def test_atomics(operation, type_, returns):
     assert returns or not old.any()
 
 
-def test_vectors_are_added_atomically():
-    place = np.zeros(8, np.float32)
-    text = "and.b32 %r0, %thread, 1; mad.wide.u32 %d0, %r0, 16, %place; cvt.rn.f32.u32 %r1, %thread;"
-    text += "atom.global.gpu.relaxed.add.v4.f32 {%r2, %r3, %r4, %r5}, [%d0], {%r1, 0f3F800000, %r1, %r1};"
+@pytest.mark.parametrize("count", [2, 4])
+def test_vectors_are_added_atomically(count):
+    place = np.zeros((2, count), np.float32)
+    text = f"and.b32 %r0, %thread, 1; mad.wide.u32 %d0, %r0, {4 * count}, %place; cvt.rn.f32.u32 %r1, %thread;"
+    olds, values = (
+        ", ".join(each[:count]) for each in (["%r2", "%r3", "%r4", "%r5"], ["%r1", "0f3F800000", "%r1", "%r1"])
+    )
+    text += f"atom.global.gpu.relaxed.add.v{count}.f32 {{{olds}}}, [%d0], {{{values}}};"
     run(text, place=place)
-    assert place.tolist() == [240, 16, 240, 240, 256, 16, 256, 256]
+    assert place.tolist() == [[240, 16, 240, 240][:count], [256, 16, 256, 256][:count]]
 
 
 # ------------------------------------------------------------------------------------------------ warps
@@ -716,6 +720,7 @@ UNKNOWN = [
     "ex2.approx.f16 %h1, %h2", "prmt.b32.f4e %r1, %r2, %r3, %r4", "set.lt.u32.s32 %r1, %r2, %r3", "cnot.b32 %r1, %r2",
     "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%r7}, {%r1,%r2,%r3,%r4}",
     "fence.proxy.tensormap::generic.acquire.gpu [%d0], 128", "call (), f, ()", "bar.arrive 1, 64", "@%p0 bar.sync 0",
+    "setp.lt.f16x2 %p1, %r1, %r2", "abs.s16x2 %r1, %r2",
     "shfl.sync.up.b32 %r1, %r2, 1, 31, 15", "shfl.up.b32 %r1, %r2, 1, 31", "mov.u32 %r1, %clock", "bar.sync 1, 32",
 ]  # fmt: skip
 

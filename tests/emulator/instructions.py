@@ -64,6 +64,12 @@ def number(c: Compiler, operand: object, type_: str, instr: Instr) -> str:
     return LOAD.get(type_, "{}").format(value)
 
 
+def single(type_: str) -> None:
+    """Not two numbers in a register."""
+    if type_.endswith("x2"):
+        raise PTXError(f"type .{type_}")
+
+
 def assign_number(c: Compiler, target: object, type_: str, value: str, instr: Instr) -> None:
     if "ftz" in instr.parts and type_ == "f32":
         value = f"S.ftz({value})"
@@ -163,10 +169,12 @@ def _bits(c: Compiler, instr: Instr) -> None:
     name, type_ = instr.parts[0], type_of(instr, "ftz")
     target, *operands = instr.operands
     kind = TYPES[type_]
-    if type_ in ("f16", "bf16"):
-        value = f"{c.get(operands[0], 'u2')} {'& u2(0x7FFF)' if name == 'abs' else '^ u2(0x8000)'}"
-        c.assign(target, "u2", value)
+    if type_ in ("f16", "bf16", "f16x2", "bf16x2"):
+        bits, ones = ("u4", 0x10001) if type_.endswith("x2") else ("u2", 1)
+        change = f"& {bits}({0x7FFF * ones})" if name == "abs" else f"^ {bits}({0x8000 * ones})"
+        c.assign(target, bits, f"{c.get(operands[0], bits)} {change}")
         return
+    single(type_)
     values = [number(c, each, type_, instr) for each in operands]
     if name == "copysign":  # the sign of a, the magnitude of b
         c.assign(target, kind, f"S.np.copysign({values[1]}, {values[0]})")
@@ -256,6 +264,7 @@ def _setp(c: Compiler, instr: Instr) -> None:
     target, a, b, *more = instr.operands
     if len(combine) != len(more):
         raise PTXError("operands")
+    single(type_)
     x, y = (number(c, each, type_, instr) for each in (a, b))
     table = COMPARE_FLOATS if type_ in LOAD or type_ in ("f32", "f64") else COMPARE
     test = c.new(table[compare].format(x=x, y=y))
@@ -324,6 +333,7 @@ def _cvt(c: Compiler, instr: Instr) -> None:
         return
     if low:
         raise PTXError("operands")
+    single(source)
     value, kind = number(c, a, source, instr), TYPES[to]
     if all(integers) and not rounding:
         c.assign(target, kind, f"{value}.astype({kind})")
