@@ -10,7 +10,6 @@ side, each in a process of its own.
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import multiprocessing
@@ -114,28 +113,29 @@ def main() -> int:
     if not set(options.targets) <= set(TARGETS):
         parser.error(f"targets must be of {', '.join(TARGETS)}, got {' '.join(options.targets)}")
     record = {"machine": machine.info(), "datetime": datetime.now(UTC).isoformat(), "all tests": options.long}
-    selection = EVERYTHING if options.long else SELECTION
-    jobs = [(test, target, *each) for target in options.targets for each in selection]
+    jobs = [(test, *each) for each in (EVERYTHING if options.long else SELECTION)]
     if options.record:
-        jobs = [(verify, target, each) for target in options.targets for each in OPERATORS] + jobs
-    nothing = {"results": 0, "tests": 0, "launches": Counter(), "failed": [], "findings": []}
-    rows: dict[str, dict[str, Any]] = {target: copy.deepcopy(nothing) for target in options.targets}
+        jobs = [(verify, operator) for operator in OPERATORS] + jobs
+    rows: dict[str, dict[str, Any]] = {}
+    problems = []
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawned, max_tasks_per_child=1) as pool:
-        for (_, target, *_), result in zip(jobs, [pool.submit(*job) for job in jobs], strict=True):
-            for key, value in result.result().items():
-                rows[target][key] += value
-    for target, row in rows.items():
-        row["failed"] += [f"{kernel} was not launched" for kernel in sorted(KERNELS - row["launches"].keys())]
-        print(
-            f"{target}: {row['results']} results of verify, {row['tests']} tests passed, {row['launches'].total()} "
-            f"launches, {len(row['failed'])} failed, {len(row['findings'])} findings"
-        )
-    problems = [f"{target}: {line}" for target, row in rows.items() for line in row["failed"] + row["findings"]]
-    for problem in problems:
-        print(problem)
-    if options.record and not problems:
-        RESULT.write_text(json.dumps(record | {"targets": rows}, indent=1) + "\n")
+        running = {target: [pool.submit(job, target, *each) for job, *each in jobs] for target in options.targets}
+        for target, results in running.items():
+            row = {"results": 0, "tests": 0, "launches": Counter(), "failed": [], "findings": []}
+            for result in results:
+                for key, value in result.result().items():
+                    row[key] += value
+            row["failed"] += [f"{kernel} was not launched" for kernel in sorted(KERNELS - row["launches"].keys())]
+            found = (
+                f"{row['results']} results of verify, {row['tests']} tests passed, {row['launches'].total()} launches"
+            )
+            print(f"{target}: {found}", *row["failed"], *row["findings"], sep="\n", flush=True)
+            problems += row["failed"] + row["findings"]
+            rows[target] = row
+            if options.record and not problems:
+                targets = {each: rows[each] for each in TARGETS if each in rows}
+                RESULT.write_text(json.dumps(record | {"targets": targets}, indent=1) + "\n")
     return 1 if problems else 0
 
 

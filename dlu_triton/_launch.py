@@ -232,14 +232,14 @@ def warps_for(kernel_size: int, outputs: int = 0) -> int:
 
 def operand_bytes(dtype: torch.dtype) -> float:
     """Most bytes of shared memory that operands of a program may take: three quarters of a program's, on the current
-    GPU; the rest is for sums and changes of layout (not measured). Half of that for bfloat16 before sm_80, where its
-    products are computed in float32."""
+    GPU; the rest is for sums and changes of layout (not measured). Half of that for half precision before sm_80,
+    where Triton computes products in float32."""
     if INTERPRETED:
         return math.inf
     driver = triton.runtime.driver.active
     most = driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"] * 3 // 4
     target = driver.get_current_target()
-    widened = dtype == torch.bfloat16 and target.backend == "cuda" and target.arch < 80
+    widened = dtype.itemsize == 2 and target.backend == "cuda" and target.arch < 80
     return most // 2 if widened else most
 
 

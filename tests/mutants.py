@@ -486,7 +486,7 @@ MUTANTS = (
         ("test_compiled.py::test_kernels_of_every_size_and_scale_have_enough_shared_memory",),
     ),
     Mutant(
-        "operands of bfloat16 that are not widened before sm_80", LAUNCH,
+        "operands of half precision that are not widened before sm_80", LAUNCH,
         "return most // 2 if widened else most", "return most",
         ("test_compiled.py::test_kernels_of_every_size_and_scale_have_enough_shared_memory",),
     ),
