@@ -12,7 +12,6 @@ import sys
 import time
 
 import emulator
-import test_properties
 import torch
 
 from dlu_triton import _checks, _verify
@@ -71,13 +70,9 @@ def wrong(seed: int, report: emulator.Report) -> str:
             _verify.results(_verify.function(operator, case, eager=twin), values)
             for twin, values in ((True, exact), (True, arguments), (False, arguments))
         )
-        least = {}
-        if operator != _verify.CAM:
-            dtypes = {name: x.dtype for name, x in arguments.items()}
-            least = test_properties.least_of(operator, case, exact, truth, dtypes)
-        compared = _verify.comparisons(truth, eager, kernel, least)
+        compared = _verify.comparisons(truth, eager, kernel)
         problems += [f"{name}: {each}" for name, each in compared.items() if not each.passed]
-    except Exception as error:  # also of the emulator or the compiler: it goes with its seed
+    except Exception as error:  # a failure of the compiler or the emulator is printed with its seed, too
         problems.append(f"{type(error).__name__}: {error}")
     finally:
         torch.use_deterministic_algorithms(False)

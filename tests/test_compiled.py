@@ -50,6 +50,11 @@ def rows_of(script, *arguments):
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
+def limit(row):
+    """Bytes of shared memory that a block may have: for sm_80 those of sm_86 and sm_89, which can run its code."""
+    return 99 * 1024 if row["target"] == "cuda:80" else row["limit"]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit(compiled, target):
     rows = [row for row in compiled if row["target"] == target]
@@ -57,7 +62,7 @@ def test_kernels_fit(compiled, target):
     problems = [
         f"{row['kernel']} [{row['case']}]: {row['local']} bytes of local memory, {row['shared']} of shared memory"
         for row in rows
-        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0) or row["shared"] > row["limit"]
+        if row["local"] > SPILLED.get((target, row["kernel"], row["case"]), 0) or row["shared"] > limit(row)
     ]
     assert not problems, "\n".join(problems)
 
@@ -190,7 +195,7 @@ def test_forward_kernels_leave_room_for_warps(kernel, least, target, compiled):
         if (row["kernel"], row["target"]) == (kernel, target) and typical:
             programs = min(
                 REGISTERS // (-(-row["registers"] // 8) * 8 * 32 * row["warps"]),
-                row["limit"] // (row["shared"] + 1024),
+                limit(row) // (row["shared"] + 1024),
                 WARPS[target] // row["warps"],
             )
             if programs * row["warps"] < least:

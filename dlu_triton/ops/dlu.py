@@ -17,8 +17,8 @@ class _Sums(NamedTuple):
     """What gradients of the normalised kernels (N, G, H, W, taps) are added to, by atomic additions.
 
     For the sums not to depend on their order they are 64-bit integers (N, G, limbs, H, W, taps), and `largest` (N, G)
-    is a bound of what is added, from which their unit follows. A padded tap of the first cell counts the programs
-    that saw a NaN offset.
+    is a bound of what is added, from which their unit follows. The first cell has a padded tap: there, programs that
+    saw a NaN offset are counted.
     """
 
     grad_space: Tensor

@@ -77,7 +77,7 @@ class Report:
         return {key: each.count for key, each in self.findings.items()}
 
     def since(self, before: dict[tuple, int]) -> list[str]:
-        """Messages of what was found after these counts."""
+        """Messages of the findings whose counts have grown since `before`."""
         return [each.message for key, each in self.findings.items() if each.count > before.get(key, 0)]
 
     def of(self, kind: str) -> list[Finding]:
