@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlu_triton import _launch
+
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DYSAMPLE_GROUPS = 4  # of channels with offsets of their own, as its authors have
 # Where outputs sample the kernel space: about their own source pixel, or all of them in the middle of the same four.
@@ -292,10 +294,10 @@ def shape(op: str, case: Case) -> dict[str, Any]:
 
 
 def allowed_extra_bytes(op: str, direction: str, case: Case) -> int | None:
-    """What training with `dlu_upsample` may take beyond its inputs, its output and gradients: sums in float32, once."""
+    """What training with `dlu_upsample` may take beyond inputs, output and gradients: the normalised kernels."""
     if (op, direction) != (DLU, BOTH):
         return None
-    return case.n * case.kernel**2 * case.h * case.w * torch.float32.itemsize
+    return case.n * _launch.padded_taps(case.kernel) * case.h * case.w * torch.float32.itemsize
 
 
 def ideal_bytes(

@@ -148,7 +148,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def space_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type in which the normalised kernel space is stored; float16 resolves [0, 1] finer than bfloat16."""
+    """Type in which a forward pass stores the normalised kernels; float16 resolves [0, 1] finer than bfloat16."""
     return torch.float16 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -600,11 +600,10 @@ def channels_innermost(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and tensor.stride(3) != 1
 
 
-def new_space(kernel_space: Tensor, groups: int, kernel_size: int) -> Tensor:
+def new_space(kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.dtype) -> Tensor:
     """Storage for normalised kernels: (N, G, H, W, taps), the taps padded."""
     n, _, h, w = kernel_space.shape
-    shape, dtype = (n, groups, h, w, padded_taps(kernel_size)), space_dtype(kernel_space.dtype)
-    return torch.empty(shape, dtype=dtype, device=kernel_space.device)
+    return torch.empty((n, groups, h, w, padded_taps(kernel_size)), dtype=dtype, device=kernel_space.device)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, inside: Tensor | None) -> Tensor:

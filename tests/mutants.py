@@ -442,6 +442,15 @@ MUTANTS = (
         "return torch.float16 if dtype in (torch.float16, torch.bfloat16) else dtype", "return dtype",
         ("test_operators.py::test_sampled_bfloat16_kernels_are_rounded_once",),
     ),
+    *(
+        Mutant(
+            f"normalised kernels rounded in the backward pass of {operator}", DLU,
+            f"_launch.sum_dtype(kernel_space.dtype), zeros=grad_space)\n{next_line}",
+            f"_launch.space_dtype(kernel_space.dtype), zeros=grad_space)\n{next_line}",
+            (f"test_operators.py::test_gradients_of_offsets_between_kernels_that_are_nearly_equal[{operator}-torch.float16]",),
+        )
+        for operator, next_line in (("dlu_upsample", "        if wants"), ("expand_kernels", "    sums"))
+    ),
     Mutant(
         "one TF32 product instead of three", KERNELS,
         "c = tl.dot(a_low, b_high, c,", "c = tl.dot(a_low - a_low, b_high, c,",

@@ -30,9 +30,14 @@ class _Sums(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(kernel_space: Tensor, groups: int, kernel_size: int, zeros: Tensor | None = None) -> Tensor:
-    """Logits (N, G*k*k, H, W) -> normalised kernels (N, G, H, W, taps), the taps padded. Fills `zeros`, if given."""
-    space = _launch.new_space(kernel_space, groups, kernel_size)
+def _softmax(
+    kernel_space: Tensor, groups: int, kernel_size: int, dtype: torch.dtype, zeros: Tensor | None = None
+) -> Tensor:
+    """Logits (N, G*k*k, H, W) -> normalised kernels (N, G, H, W, taps), the taps padded. Fills `zeros`, if given.
+
+    Backward passes keep them in the type of sums: gradients of offsets are differences of kernels.
+    """
+    space = _launch.new_space(kernel_space, groups, kernel_size, dtype)
     if space.numel():
         tensors = (kernel_space, space) if zeros is None else (kernel_space, space, zeros)
         _launch.launch(_softmax_forward_launch, tensors, groups, kernel_size)
@@ -216,7 +221,7 @@ def _backward_from_masks(
     sampled kernels."""
     grad_offsets = torch.empty_like(offsets) if wants_offsets else None
     grad_space = _new_sums(kernel_space, groups, kernel_size, None) if wants_space else None
-    space = _softmax(kernel_space, groups, kernel_size, zeros=grad_space)
+    space = _softmax(kernel_space, groups, kernel_size, _launch.sum_dtype(kernel_space.dtype), zeros=grad_space)
     sums, bits = None, _count_bits(kernel_space, scale_factor)
     if grad_space is not None:
         sums = _Sums(grad_space, None if _in_any_order() or not grad_masks.numel() else _largest(grad_masks, groups))
@@ -240,7 +245,7 @@ def _dlu_upsample(
     groups: int,
     output_size: Sequence[int] | None,
 ) -> Tensor:
-    space = _softmax(kernel_space, groups, kernel_size)
+    space = _softmax(kernel_space, groups, kernel_size, _launch.space_dtype(kernel_space.dtype))
     return _reassembly.forward(features, space, offsets, kernel_size, groups, scale_factor, output_size)
 
 
@@ -273,7 +278,7 @@ def _dlu_upsample_gradients(
         grad_space = None
         if wants_space:  # likewise
             grad_space = _new_sums(kernel_space, groups, kernel_size, inside=grad_features)
-        space = _softmax(kernel_space, groups, kernel_size, zeros=grad_space)
+        space = _softmax(kernel_space, groups, kernel_size, _launch.sum_dtype(kernel_space.dtype), zeros=grad_space)
         if wants_space or wants_offsets:
             grad_offsets = torch.empty_like(offsets) if wants_offsets else None
             _reassembly.backward_kernels(
@@ -300,7 +305,8 @@ def _expand_kernels(
     output_size: Sequence[int] | None,
 ) -> Tensor:
     masks = _reassembly.new_output(kernel_space, scale_factor, output_size)
-    _sample(_softmax(kernel_space, groups, kernel_size), offsets, masks, scale_factor, kernel_size)
+    space = _softmax(kernel_space, groups, kernel_size, _launch.space_dtype(kernel_space.dtype))
+    _sample(space, offsets, masks, scale_factor, kernel_size)
     return masks
 
 
