@@ -333,6 +333,7 @@ def main() -> None:
             jobs += [
                 (job, target, (dtype, layout, scales, size, 1, 256, not options.corners), launch_scales)
                 for size, dtype, layout in product(*scan)
+                if dtype != torch.float16 or name == "cuda:75"  # elsewhere it takes what bfloat16 does
             ]
         for launch, typical, corners, sample in (
             (launch_upsampling, TYPICAL, CORNERS, TYPICAL[::3]),
