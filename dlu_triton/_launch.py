@@ -143,7 +143,7 @@ def forget_launches() -> None:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of sums and coordinates."""
+    """Type of sums, of coordinates, and of normalised kernels in backward passes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

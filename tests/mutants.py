@@ -447,7 +447,7 @@ MUTANTS = (
             f"normalised kernels rounded in the backward pass of {operator}", DLU,
             f"_launch.sum_dtype(kernel_space.dtype), zeros=grad_space)\n{next_line}",
             f"_launch.space_dtype(kernel_space.dtype), zeros=grad_space)\n{next_line}",
-            (f"test_operators.py::test_gradients_of_offsets_between_kernels_that_are_nearly_equal[{operator}-torch.float16]",),
+            (f"test_operators.py::test_gradients_of_offsets_between_similar_kernels[{operator}-bfloat16-float32-1e-05]",),
         )
         for operator, next_line in (("dlu_upsample", "        if wants"), ("expand_kernels", "    sums"))
     ),
@@ -1468,8 +1468,7 @@ MUTANTS = (
     # What is not theirs
     Mutant(
         "storage of kernels filled with random numbers", LAUNCH,
-        "return torch.empty(shape, dtype=dtype, device=kernel_space.device)",
-        "return torch.rand(shape, dtype=dtype, device=kernel_space.device)",
+        "return torch.empty((n, groups, h, w, padded_taps", "return torch.rand((n, groups, h, w, padded_taps",
         (STATE,),
     ),
     Mutant(

@@ -79,14 +79,14 @@ def test_half_precision_reassembles_on_tensor_cores(compiled):
 
 
 def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
-    """Where it is least; with --long on all targets, for every operator, dtype, kernel size and scale. sm_89 has the
-    memory of sm_86 and takes the same."""
+    """Where it is least; with --long on all targets, for every operator, dtype, kernel size and scale (sm_89 has the
+    memory of sm_86, and its kernels ask for the same)."""
     long = request.config.getoption("--long")
     targets = ("cuda:75", "cuda:86", *["cuda:80", "cuda:90", "cuda:120"] * long)
     rows = rows_of(SCRIPT, "--shared", *targets, *["--corners"] * long)
     assert {row["target"] for row in rows} == set(targets)
     large = [row for row in rows if row["shared"] > row["limit"]]
-    assert not large, "\n".join(f"{row['target']} {row['kernel']} [{row['case']}]: {row['shared']}" for row in large)
+    assert not large, "\n".join(str(row) for row in large)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -590,14 +590,17 @@ def test_sampled_bfloat16_kernels_are_rounded_once(device):
     assert steps[exact > 2**-8].max() <= rounding + 0.2
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("offset_dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-5)], **by_name
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], **by_name)
 @pytest.mark.parametrize("operator", ["dlu_upsample", "expand_kernels"])
-def test_gradients_of_offsets_between_kernels_that_are_nearly_equal(operator, dtype, device):
+def test_gradients_of_offsets_between_similar_kernels(operator, dtype, offset_dtype, error, device):
     """They are differences of normalised kernels, which backward passes therefore do not round."""
     logit = 2.0**-6  # of the tap in the middle, on the right
     space = torch.zeros(1, 9, 1, 2, dtype=dtype, device=device)
     space[:, 4, :, 1] = logit
-    offsets = torch.zeros(1, 2, 1, 2, dtype=dtype, device=device)
+    offsets = torch.zeros(1, 2, 1, 2, dtype=offset_dtype, device=device)
     offsets[0, 0, 0, 0] = 0.25
     features = torch.tensor([1.0, 0.0], dtype=dtype, device=device).reshape(1, 1, 1, 2)
     offsets.requires_grad_()
@@ -607,7 +610,7 @@ def test_gradients_of_offsets_between_kernels_that_are_nearly_equal(operator, dt
         result = dlu_triton.expand_kernels(space, offsets, 1, 3)[:, 4:5]
     (gradient,) = torch.autograd.grad(result, offsets, features)
     expected = math.exp(logit) / (8 + math.exp(logit)) - 1 / 9
-    assert gradient[0, 0, 0, 0].item() == pytest.approx(expected, rel=torch.finfo(dtype).eps)
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(expected, rel=error)
     assert gradient.count_nonzero() == 1
 
 
