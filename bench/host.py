@@ -2,17 +2,15 @@
 
 python bench/host.py
 
-prints the least microseconds of every such call as a JSON object, after a few seconds. `test_host.py` times them in
-full.
+prints as a JSON object how many functions each such call calls, which no neighbour on the machine changes.
+`test_host.py` times them.
 
 Without a GPU a stub takes the driver's place, and the operators launch their kernels on tiny CPU tensors: all that
 Python and PyTorch do is done, but nothing is handed to a driver, and nothing computed.
 """
 
 import json
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,7 +40,6 @@ GROUP = "host"  # of pytest-benchmark, by which the report tells these records f
 GRAPH = "forward with a graph"  # to be differentiated, which it is not
 PASSES = (FORWARD, GRAPH, BOTH)
 CASE = Case(2, 256, *P5, dtype="float32") if DEVICE == "cuda" else Case(1, 1, 1, 2, dtype="float32")
-QUICK_TURNS, QUICK_ROUNDS = 12, 50
 
 
 class Subject(NamedTuple):
@@ -173,21 +170,24 @@ def _runs_kernels(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.device.type == "cpu"
 
 
-def _seconds(timed: Callable[[], object]) -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    timed()
-    return time.perf_counter() - start
+def calls(function: Callable[[], object]) -> int:
+    """Functions that it calls, of Python, and of C from Python."""
+    events: list[str] = []
+    function()
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
 
 
 def main() -> None:
-    least: dict[str, dict[str, dict[str, float]]] = {}
-    for run in RUNS * QUICK_TURNS:  # a neighbour that takes the processor for a while spoils a turn
-        found = least.setdefault(run.op, {}).setdefault(run.direction, {})
-        with call(run) as timed:
-            found[run.impl] = min(found.get(run.impl, math.inf), *(1e6 * _seconds(timed) for _ in range(QUICK_ROUNDS)))
-    print(json.dumps(least))
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for run in RUNS:
+        with call(run) as counted:
+            counts.setdefault(run.op, {}).setdefault(run.direction, {})[run.impl] = calls(counted)
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":
