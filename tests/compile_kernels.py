@@ -8,7 +8,7 @@ corner for the first; with --corners all of both for every target, which takes s
     python tests/compile_kernels.py --shared cuda:75 cuda:86
 
 stops at the shared memory that a kernel asks for, of typical launches and of `dlu_upsample` for a sample of kernel
-sizes and scales; with --corners of all launches, and of every operator for all sizes and scales, which takes an hour
+sizes and scales; with --corners of all launches, and of every operator for all sizes and scales, which takes long
 (of launches that differ in the scale factor alone, the first; float16 for sm_75 alone).
 
 It runs in a process of its own because interpreted and compiled kernels cannot share one. A stub driver names the

@@ -80,10 +80,10 @@ def test_few_launches_are_kept(report):
 
 def test_eager_code_takes_the_cheapest_way():
     """By the functions that a call calls: fewer than by the registered op, by a Function that does nothing at least;
-    beyond checks and launches no more than 3.5 of these. Counted: 1.2 or more, and 3 or less."""
+    beyond checks and launches no more than three of these. Counted: 1.1 or more, and 3 or less."""
     for op, passes in run(HOST).items():
         launches, checks = (passes["forward"][part] for part in ("launches", "checks"))
         for name, took in passes.items():
             assert took["registered"] - took["dlu_triton"] > took["Function"], (op, name, took)
             parts = took.get("launches", launches) + took.get("checks", checks)
-            assert took["dlu_triton"] - parts < 3.5 * took["Function"], (op, name, took)
+            assert took["dlu_triton"] - parts <= 3 * took["Function"], (op, name, took)
