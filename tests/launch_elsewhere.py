@@ -13,7 +13,7 @@ import warnings
 
 import torch
 import triton
-from compile_kernels import StubDriver, StubLauncher, StubUtils
+from compile_kernels import StubDriver, StubLauncher, StubUtils, unfinished
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -127,4 +127,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with unfinished():
+        main()
