@@ -894,12 +894,12 @@ def emulated(root: Path, *, allow_dirty: bool) -> str:
              if row["failed"] + row["findings"]]  # fmt: skip
     if wrong:
         raise ValueError(f"{EMULATED} must be of a run without failures, got {'; '.join(wrong)}")
-    ran = "All tests" if figures["all tests"] else "A selection of the tests (`bench/emulated.py`)"
     text = (
         f"The kernels as Triton {machine['triton']} compiles them ran in an emulator of PTX (`tests/emulator`). "
         "It checks values, bounds, alignment, shared memory, barriers, fences and races, and found no fault "
         f"(torch {machine['torch']}, commit {machine['commit'][:12]}, `{EMULATED}`). It cannot show speed, the work of "
-        f"`ptxas`, or the last bits of tensor cores. {ran} ran, with blocks and additions in random orders."
+        "`ptxas`, or the last bits of tensor cores. A selection of the tests "
+        "(`bench/emulated.py`) ran, with blocks and additions in random orders."
     )
     figures = {
         "results of `verify`, on emulated kernels, within bounds": [row["results"] for row in targets.values()],

@@ -740,7 +740,7 @@ def test_errors(root):
 def write_emulated(root, findings=(), **machine):
     row = {"results": 970, "launches": {"a": 12340, "b": 5}, "failed": [], "findings": list(findings)}
     targets = {target: row | {"tests": number} for number, target in enumerate(("sm_80", "sm_90"))}
-    record = {"machine": MACHINE | machine, "all tests": False, "targets": targets}
+    record = {"machine": MACHINE | machine, "targets": targets}
     root.joinpath(report.EMULATED).write_text(json.dumps(record))
 
 
