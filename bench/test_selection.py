@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 def run(*arguments):
     """pytest on the operators' benchmarks; on a CPU, whose selection is small."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # in a worker nothing is measured
+        environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "test_upsampling.py", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE.parent)
 

@@ -2,7 +2,7 @@
 
     python tests/compile_kernels.py cuda:90 cuda:80 cuda:100
 
-prints one JSON object per compiled kernel: typical launches and every fifth corner for the first target, three typical
+prints one JSON object per compiled kernel: typical launches and every eighth corner for the first target, three typical
 launches for the others; with --corners all of both for every target, which takes several times as long.
 
     python tests/compile_kernels.py --shared cuda:75 cuda:86
@@ -357,7 +357,7 @@ def main() -> None:
             elif options.shared:
                 cases = typical
             else:
-                cases = typical + corners[::5] if name == options.targets[0] else typical[:3]
+                cases = typical + corners[::8] if name == options.targets[0] else typical[:3]
             jobs += [(job, target, case, launch) for case in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for job in [pool.submit(*job) for job in jobs]:
