@@ -5,8 +5,8 @@
 
 Prints what passed for each target, and fails if anything did not, or if a kernel of the library was not launched.
 --long runs all tests except those that are marked long, which takes hours for all targets. --record runs the selection
-and all of `python -m dlu_triton verify`, and writes bench/results/emulated.json. Jobs run side by
-side, each in a process of its own.
+and all of `python -m dlu_triton verify`, and writes bench/results/emulated.json. Jobs run side by side, each in a
+process of its own.
 """
 
 import argparse

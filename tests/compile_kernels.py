@@ -348,10 +348,7 @@ def main() -> None:
                 for size, dtype, layout in product(*scan)
                 if dtype != torch.float16 or name == "cuda:75"  # on others as bfloat16, in 264 of 264 launches
             ]
-        for launch, typical, corners in (
-            (launch_upsampling, TYPICAL, CORNERS),
-            (launch_cam, CAM_TYPICAL, CAM_CORNERS),
-        ):
+        for launch, typical, corners in ((launch_upsampling, TYPICAL, CORNERS), (launch_cam, CAM_TYPICAL, CAM_CORNERS)):
             if options.corners:
                 cases = typical + corners
             elif options.shared:
