@@ -1,18 +1,43 @@
-"""Less for Triton's interpreter to do: with both of these a kernel takes it less than half as long."""
+"""Less for Triton's interpreter to do: with all of these a kernel takes it about a third of the time."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from triton.language import core
 from triton.runtime import interpreter
+
+known_blocks: dict[tuple, dict[str, Any]] = {}
+new_block = core.block_type.__init__
+
+
+def block_type(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
+    """The checks and names of a type are made once; each tensor has one."""
+    key = str(element_ty), *core._unwrap_if_constexpr(list(shape))
+    if key not in known_blocks:
+        new_block(self, element_ty, shape)
+        known_blocks[key] = dict(vars(self))
+    vars(self).update(known_blocks[key])
+
+
+@functools.cache
+def sizes(shape: tuple[int, ...]) -> tuple[core.constexpr, tuple[core.constexpr, ...]]:
+    return core.constexpr(math.prod(shape)), tuple(map(core.constexpr, shape))
+
+
+def tensor(self: core.tensor, handle: Any, type: core.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = sizes(type.shape if type.is_block() else ())
 
 
 @contextlib.contextmanager
 def spared() -> Iterator[None]:
-    """Sums of integers are not computed twice, in 64 bits for an assertion that is off; and `triton.language` is
-    patched once in a launch for the functions of a module, not for each call of one."""
+    """Sums of integers are not computed twice, in 64 bits for an assertion that is off; `triton.language` is patched
+    once in a launch for the functions of a module, not for each call of one; and shapes are wrapped once."""
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     builder = interpreter.interpreter_builder
     patched: dict[int, Any] = {}
@@ -31,5 +56,7 @@ def spared() -> Iterator[None]:
         mock.patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
         mock.patch.object(interpreter, "_patch_lang", patch_once),
         mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+        mock.patch.object(core.block_type, "__init__", block_type),
+        mock.patch.object(core.tensor, "__init__", tensor),
     ):
         yield
