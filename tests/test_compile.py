@@ -41,7 +41,7 @@ def assert_same(found, expected):
         assert found[name].stride() == value.stride()
 
 
-@pytest.mark.parametrize("operator", ("dlu_upsample", "carafe_upsample", *long("carafe", "expand_kernels")))
+@pytest.mark.parametrize("operator", ("dlu_upsample", *long("carafe_upsample", "carafe", "expand_kernels")))
 def test_operators_compile_once_for_all_sizes(operator, device):
     """Fullgraph, dynamic, forward and backward; results as without compilation, in the same strides."""
     compiled = torch.compile(

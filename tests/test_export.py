@@ -85,6 +85,7 @@ def test_program_of_a_cpu_needs_no_library(tmp_path):
     in_a_process(SCRIPT, "load", tmp_path)
 
 
+@pytest.mark.long
 def test_package_of_a_cpu(tmp_path):
     """By AOTInductor, with dynamic sizes."""
     in_a_process(SCRIPT, "package", tmp_path)
@@ -169,7 +170,7 @@ class Model:
 
 @pytest.mark.parametrize("groups", (2, *long(1)))
 @pytest.mark.parametrize(
-    ("name", "static", "dynamic"), [("DLUPack", 28, 52), ("CARAFEPack", 15, 24), ("pyramid", 54, 116)]
+    ("name", "static", "dynamic"), [("DLUPack", 28, 52), ("pyramid", 54, 116), *long(("CARAFEPack", 15, 24))]
 )
 def test_onnx(name, static, dynamic, groups, device):
     """Few nodes, of standard operators, and the numbers of the network in float64."""
