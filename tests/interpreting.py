@@ -12,7 +12,8 @@ from triton.language import core
 from triton.runtime import interpreter
 
 known_blocks: dict[tuple, dict[str, Any]] = {}
-new_block = core.block_type.__init__
+known_dtypes: dict[str, Any] = {}
+new_block, find_dtype = core.block_type.__init__, interpreter._get_np_dtype
 
 
 def block_type(self: core.block_type, element_ty: core.dtype, shape: Any) -> None:
@@ -25,8 +26,14 @@ def block_type(self: core.block_type, element_ty: core.dtype, shape: Any) -> Non
 
 
 @functools.cache
-def sizes(shape: tuple[int, ...]) -> tuple[core.constexpr, tuple[core.constexpr, ...]]:
-    return core.constexpr(math.prod(shape)), tuple(map(core.constexpr, shape))
+def sizes(shape: core.tuple) -> tuple[core.constexpr, core.tuple]:
+    return core.constexpr(math.prod(shape)), core.tuple(map(core.constexpr, shape))
+
+
+def np_dtype(dtype: core.dtype) -> Any:
+    if dtype.name not in known_dtypes:
+        known_dtypes[dtype.name] = find_dtype(dtype)
+    return known_dtypes[dtype.name]
 
 
 def tensor(self: core.tensor, handle: Any, type: core.dtype) -> None:
@@ -37,7 +44,7 @@ def tensor(self: core.tensor, handle: Any, type: core.dtype) -> None:
 @contextlib.contextmanager
 def spared() -> Iterator[None]:
     """Sums of integers are not computed twice, in 64 bits for an assertion that is off; `triton.language` is patched
-    once in a launch for the functions of a module, not for each call of one; and shapes are wrapped once."""
+    once in a launch for the functions of a module, not for each call of one; and types and shapes are made once."""
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     builder = interpreter.interpreter_builder
     patched: dict[int, Any] = {}
@@ -56,6 +63,7 @@ def spared() -> Iterator[None]:
         mock.patch.object(builder, "options", replace(builder.options, sanitize_overflow=False)),
         mock.patch.object(interpreter, "_patch_lang", patch_once),
         mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+        mock.patch.object(interpreter, "_get_np_dtype", np_dtype),
         mock.patch.object(core.block_type, "__init__", block_type),
         mock.patch.object(core.tensor, "__init__", tensor),
     ):
