@@ -142,7 +142,7 @@ CAM_CORNERS = [
 # Kernel sizes, dtypes and layouts, and scale factors, of every operator; and of `dlu_upsample`, for a sample
 SIZES, DTYPES = (9, 7, 5, 3, 1), (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 SCAN = (SIZES, DTYPES, ("large", "large, channels_last")), range(1, 17)  # odd sizes take no more
-SCAN_SAMPLE = (SIZES[:2], DTYPES[:1], ("large",)), (1, 2)  # others take less
+SCAN_SAMPLE = (SIZES[:2], DTYPES[:1], ("large",)), (1, 2)  # where there was too little
 
 
 def launch_upsampling(dtype, layout, scale_factor, kernel_size, groups, channels, only_dlu=False) -> None:
